@@ -1,0 +1,69 @@
+"""fedkeel: federated learning whose model updates can be trusted.
+
+`run(Job(...))` runs a federation, `rule(kind)` registers your own function as a rule of any kind, `Pool` takes your own
+data. Everything is imported on first use, so that `import fedkeel` is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fedkeel.api import Progress as Progress
+    from fedkeel.api import Run as Run
+    from fedkeel.api import report as report
+    from fedkeel.api import resume as resume
+    from fedkeel.api import run as run
+    from fedkeel.compare import Comparison as Comparison
+    from fedkeel.compare import compare as compare
+    from fedkeel.config import Job as Job
+    from fedkeel.config import load as load
+    from fedkeel.core.errors import CohortError as CohortError
+    from fedkeel.core.errors import DecodeError as DecodeError
+    from fedkeel.core.errors import FedkeelError as FedkeelError
+    from fedkeel.core.errors import InputError as InputError
+    from fedkeel.core.errors import RunError as RunError
+    from fedkeel.core.keys import Key as Key
+    from fedkeel.core.layout import Layout as Layout
+    from fedkeel.core.registry import Rule as Rule
+    from fedkeel.core.registry import build as build
+    from fedkeel.core.registry import names as names
+    from fedkeel.core.registry import parse as parse
+    from fedkeel.core.registry import rule as rule
+    from fedkeel.core.types import Cohort as Cohort
+    from fedkeel.core.types import Update as Update
+    from fedkeel.sim.pool import Pool as Pool
+    from fedkeel.sim.pool import Split as Split
+
+_HOMES = {
+    "fedkeel.api": ("Progress", "Run", "report", "resume", "run"),
+    "fedkeel.compare": ("Comparison", "compare"),
+    "fedkeel.config": ("Job", "load"),
+    "fedkeel.core.errors": ("CohortError", "DecodeError", "FedkeelError", "InputError", "RunError"),
+    "fedkeel.core.keys": ("Key",),
+    "fedkeel.core.layout": ("Layout",),
+    "fedkeel.core.registry": ("Rule", "build", "names", "parse", "rule"),
+    "fedkeel.core.types": ("Cohort", "Update"),
+    "fedkeel.sim.pool": ("Pool", "Split"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "__version__",
+    *sorted(_HOME),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedkeel' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,244 @@
+"""What users call: run a job, resume it, look at it, compare variants. The CLI does the same through these."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkeel import plugins
+from fedkeel.config import Job, load
+from fedkeel.core.errors import RunError
+from fedkeel.core.types import ClientMemory, RoundReport, ServerState
+from fedkeel.ship import card, checkpoint
+from fedkeel.ship.ledger import Ledger
+from fedkeel.ship.rundir import RunDir
+from fedkeel.sim.federation import Federation, Value
+from fedkeel.sim.pool import label_histogram
+from fedkeel.sim.simulator import Simulator
+from fedkeel.train import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: what a watcher is told after every round, and once before the first (round 0)."""
+
+    path: Path
+    round: int
+    rounds: int
+    metrics: Mapping[str, Value]
+    used: int
+    refused: int
+    skipped: str | None
+
+
+Watcher = Callable[[Progress], None]
+
+
+class Run:
+    """A run's directory, opened: its state, its metrics, its report."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Raises `InputError` when there is no run at `path`."""
+        self.dir = RunDir(path)
+
+    @property
+    def path(self) -> Path:
+        return self.dir.path
+
+    @property
+    def job(self) -> Job:
+        return load(self.dir.job)
+
+    @property
+    def state(self) -> ServerState:
+        """The server's state at the newest checkpoint that is whole."""
+        newest = checkpoint.latest(self.dir.checkpoints)
+        if newest is None:
+            raise RunError(f"run '{self.path}' has no checkpoint yet: resume it")
+        return checkpoint.load(newest)[0]
+
+    @property
+    def done(self) -> bool:
+        """Whether the run reached its last round and wrote its model."""
+        return (self.dir.model / "card.json").is_file()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A table, one row a figure: round, version, scope, name, value, low, high (95%), examples."""
+        with self.dir.ledger(readonly=True) as ledger:
+            return ledger.metrics(scope=None)
+
+    @property
+    def updates(self) -> list[dict[str, Any]]:
+        """A table, one row an update: round, client, what refused it and why, weight, norm, cosine, bytes, ..."""
+        with self.dir.ledger(readonly=True) as ledger:
+            return ledger.updates()
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """A table, one row a round: round, version, time, skipped, bytes up and down, seconds by part."""
+        with self.dir.ledger(readonly=True) as ledger:
+            return ledger.rounds()
+
+    def final(self, name: str = "accuracy") -> dict[str, Any] | None:
+        """The last row of a metric, or None when the run does not have it."""
+        rows = [r for r in self.metrics if r["name"] == name and r["scope"] == "global"]
+        return rows[-1] if rows else None
+
+    def report(self) -> Path:
+        """Write the run's report (self-contained HTML) and return its path."""
+        return report([self.path])
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+
+def run(job: Job, out: Path | str | None = None, *, watch: Watcher | None = None, with_report: bool = True) -> Run:
+    """Run a federation to its end and return its record.
+
+    `out` is a new directory; without it, the first free one of `runs/<name>`, `runs/<name>-2`, ... Raises `InputError`
+    before anything is trained or written when the job is wrong, `RunError` when the run can not go on.
+    """
+    texts = plugins.read(job.plugins)
+    plugins.load(job.plugins)
+    federation = Federation.of(job)
+    with contextlib.closing(federation.trainer()) as trainer:
+        kept = job.model_copy(update={"plugins": tuple(f"plugins/{name}" for name in texts)})
+        directory = RunDir.create(out or _free(job.name), kept.to_toml(), texts)
+        state = ServerState(federation.theta())
+        with directory.lock(), directory.ledger() as ledger:
+            ledger.write_meta(_meta(federation, trainer))
+            _simulate(directory, ledger, federation, trainer, state, ClientMemory(), watch)
+    return _finished(directory, with_report)
+
+
+def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool = True) -> Run:
+    """Go on with an interrupted run, to the same final weights as an unbroken one; a finished one is returned."""
+    opened = Run(path)
+    if opened.done:
+        return opened
+    directory, job = opened.dir, opened.job
+    plugins.load(job.plugins)
+    federation = Federation.of(job)
+    with directory.lock(), directory.ledger() as ledger:
+        backend = ledger.meta.get("backend")
+        with contextlib.closing(federation.trainer(backend)) as trainer:
+            newest = checkpoint.latest(directory.checkpoints)
+            if newest is None:
+                state, memory = ServerState(federation.theta()), ClientMemory()
+            else:
+                state, memory, _ = checkpoint.load(newest, layout_digest=federation.layout.digest)
+            ledger.rewind(state.round)
+            ledger.write_meta(_meta(federation, trainer))
+            _simulate(directory, ledger, federation, trainer, state, memory, watch)
+    return _finished(directory, with_report)
+
+
+def report(paths: Sequence[Path | str], out: Path | str | None = None) -> Path:
+    """Write one report over one or several runs, and return its path: beside the run, or `report.html` for several."""
+    from fedkeel.ship.report import write
+
+    runs = [RunDir(path) for path in paths]
+    target = Path(out) if out else runs[0].report if len(runs) == 1 else Path("report.html")
+    return write(target, [(r.path.name, r.path) for r in runs])
+
+
+class _Record:
+    """Writes what the simulator says into the run directory, and tells the watcher."""
+
+    def __init__(self, directory: RunDir, ledger: Ledger, federation: Federation, watch: Watcher | None) -> None:
+        self.directory = directory
+        self.ledger = ledger
+        self.federation = federation
+        self.watch = watch
+        self._latest: Mapping[str, Value] = {}
+
+    def round(self, report: RoundReport) -> None:
+        adversary = self.federation.adversary
+        self.ledger.write_round(report, set(adversary.clients))
+        if self.watch is not None:
+            refused = sum(row.refusal is not None for row in report.clients)
+            used = sum(row.weight > 0 for row in report.clients)
+            rounds = self.federation.job.rounds
+            self.watch(Progress(self.directory.path, report.round, rounds, self._latest, used, refused, report.skipped))
+
+    def metrics(self, round: int, version: int, values: Mapping[str, Value], examples: int) -> None:
+        self.ledger.write_metrics(round, version, values, examples)
+        self._latest = values
+        if round == 0 and self.watch is not None:
+            self.watch(Progress(self.directory.path, 0, self.federation.job.rounds, values, 0, 0, None))
+
+    def checkpoint(self, state: ServerState, memory: ClientMemory) -> None:
+        digest = self.federation.layout.digest
+        checkpoint.save(self.directory.checkpoints, state, memory, {}, layout_digest=digest)
+        checkpoint.prune(self.directory.checkpoints)
+
+
+def _simulate(
+    directory: RunDir,
+    ledger: Ledger,
+    federation: Federation,
+    trainer: Trainer,
+    state: ServerState,
+    memory: ClientMemory,
+    watch: Watcher | None,
+) -> None:
+    record = _Record(directory, ledger, federation, watch)
+    final = Simulator(federation, trainer, state, memory, record).run()
+    pool = federation.pool
+    card.write(
+        directory.model,
+        federation.layout,
+        final.theta,
+        version=federation.job.model.version,
+        inputs=card.Inputs(pool.inputs, str(pool.prepare(pool.x[:1]).dtype).removeprefix("torch."), repr(pool.prepare)),
+        labels=pool.labels,
+        job=federation.job.name,
+        rounds=final.round,
+        recipe=repr(federation.plan),
+    )
+
+
+def _finished(directory: RunDir, with_report: bool) -> Run:
+    done = Run(directory.path)
+    if with_report:
+        done.report()
+    return done
+
+
+def _meta(federation: Federation, trainer: Trainer) -> dict[str, Any]:
+    import torch
+
+    import fedkeel
+
+    job, pool = federation.job, federation.pool
+    histogram = label_histogram(federation.data, pool.classes).tolist() if pool.classes else None
+    return {
+        "job": job.name,
+        "seed": job.seed,
+        "rounds": job.rounds,
+        "plan": federation.plan.steps,
+        "backend": trainer.name,
+        "fedkeel": fedkeel.__version__,
+        "torch": torch.__version__,
+        "columns": federation.layout.columns,
+        "clients": list(federation.names),
+        "labels": list(pool.labels),
+        "label_histogram": histogram,
+        "hostile": sorted(federation.adversary.clients),
+    }
+
+
+def _free(name: str) -> Path:
+    return next(path for path in _candidates(name) if not path.exists())
+
+
+def _candidates(name: str) -> Iterator[Path]:
+    yield Path("runs") / name
+    number = 2
+    while True:
+        yield Path("runs") / f"{name}-{number}"
+        number += 1

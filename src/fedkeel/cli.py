@@ -1,0 +1,223 @@
+"""The command line: thin over `fedkeel.api`. Exit codes: 0 fine, 1 the run failed, 2 the input is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from fedkeel.api import Run
+    from fedkeel.config import Job
+
+app = typer.Typer(
+    name="fedkeel",
+    help="Federated learning whose model updates can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job.")]
+Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file with your own rules.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else, on stdout.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Where to write; a free name under runs/ when left out.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from fedkeel import __version__
+
+        _out.print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        _out.print(context.get_help())
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the job; NAME.toml is written here.")],
+    custom: Annotated[
+        bool, typer.Option("--custom", help="Also write NAME_custom.py with your own model, data and aggregator.")
+    ] = False,
+) -> None:
+    """Write a commented job file to start from."""
+    from fedkeel import template
+    from fedkeel.config import Job
+    from fedkeel.core.errors import InputError
+
+    Job(name=name)  # refuses a name that can be no file
+    files = {f"{name}.toml": template.job_file(name)}
+    if custom:
+        plugin = f"{name}_custom.py"
+        files = {
+            plugin: template.CUSTOM,
+            f"{name}.toml": template.job_file(name, (plugin,), template.CUSTOM_SETTINGS),
+        }
+    for file in files:
+        if Path(file).exists():
+            raise InputError(f"'{file}' exists already: choose another name, or delete it")
+    for file, text in files.items():
+        Path(file).write_text(text, encoding="utf-8")
+        _out.print(f"wrote {escape(file)}")
+    _out.print(f"run it: fedkeel run {escape(name)}.toml")
+
+
+@app.command()
+def run(
+    job: Annotated[Path, typer.Argument(help="The job file.")],
+    settings: Settings = None,
+    plugin: Plugins = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a federation: a directory with its ledger, checkpoints, model and report."""
+    from fedkeel import api
+    from fedkeel.watch import watching
+
+    built = _job(job, settings, plugin)
+    with watching(_err, built.rounds, built.name) as watch:
+        done = api.run(built, out, watch=watch)
+    _finish(done, as_json)
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(help="The directory of a run that was interrupted.")],
+    as_json: AsJson = False,
+) -> None:
+    """Go on with an interrupted run, to the same final weights as an unbroken one."""
+    from fedkeel import api
+    from fedkeel.watch import watching
+
+    job = api.Run(directory).job
+    with watching(_err, job.rounds, job.name) as watch:
+        done = api.resume(directory, watch=watch)
+    _finish(done, as_json)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="One run, or several to see side by side.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file to write.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a self-contained HTML report."""
+    from fedkeel import api
+
+    path = api.report(directories, out)
+    _out.print_json(json.dumps({"report": str(path)})) if as_json else _out.print(f"report: {escape(str(path))}")
+
+
+@app.command()
+def rules(
+    kind: Annotated[str | None, typer.Argument(help="A kind of rule, as reducer.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A rule of that kind, as trimmed_mean.")] = None,
+    plugin: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which rules exist and what they take."""
+    from fedkeel import catalogue, plugins
+
+    plugins.load([str(p) for p in plugin or []])
+    found = catalogue.describe(kind, name)
+    if as_json:
+        _out.print_json(json.dumps(found))
+    else:
+        catalogue.show(_out, found, kind, name)
+
+
+@app.command()
+def compare(
+    job: Annotated[Path, typer.Argument(help="The job file.")],
+    vary: Annotated[list[str], typer.Option("--vary", metavar="KEY=A,B", help="A key and its values; repeatable.")],
+    seeds: Annotated[int, typer.Option(help="Runs per variant, at seeds job.seed, +1, ...")] = 3,
+    settings: Settings = None,
+    plugin: Plugins = None,
+    out: Out = None,
+    metric: Annotated[str, typer.Option(help="accuracy or loss")] = "accuracy",
+    as_json: AsJson = False,
+) -> None:
+    """Run variants of a job over seeds: mean and 95% interval, as a table, CSV and report."""
+    from fedkeel.compare import compare as run_comparison
+    from fedkeel.config import split_list
+    from fedkeel.core.errors import InputError
+    from fedkeel.watch import comparing, table
+
+    built = _job(job, settings, plugin)
+    varied: dict[str, list[str]] = {}
+    for text in vary:
+        key, equals, values = text.partition("=")
+        if not equals or key in varied:
+            raise InputError(f"--vary '{text}': write each key once, as aggregate.reduce=mean,median")
+        varied[key] = split_list(values)
+    with comparing(_err, built.rounds) as watch:
+        found = run_comparison(built, varied, seeds=seeds, out=out, metric=metric, watch=watch)
+    if as_json:
+        result = {"metric": found.metric, "variants": found.table, "csv": str(found.csv), "report": str(found.report)}
+        _out.print_json(json.dumps(result))
+        return
+    _out.print(table(found))
+    _out.print(f"table: {escape(str(found.csv))}\nreport: {escape(str(found.report))}")
+
+
+@app.command()
+def demo(out: Out = None, settings: Settings = None) -> None:
+    """A federation of 50 clients, ten of them hostile, three ways; under a minute."""
+    from fedkeel import demo as demonstration
+
+    demonstration.run(_out, _err, out, settings or [])
+
+
+def _job(path: Path, settings: list[str] | None, plugin: list[Path] | None) -> Job:
+    from fedkeel.config import load
+
+    job = load(path).with_settings(settings or [])
+    return job.model_copy(update={"plugins": (*job.plugins, *map(str, plugin or []))})
+
+
+def _finish(done: Run, as_json: bool) -> None:
+    found: dict[str, Any] = {}
+    for metric in ("accuracy", "loss"):
+        row = done.final(metric)
+        if row is not None:
+            found[metric] = {k: row[k] for k in ("value", "low", "high")}
+    if as_json:
+        _out.print_json(
+            json.dumps(
+                {"run": str(done.path), "rounds": done.job.rounds, "final": found, "report": str(done.dir.report)}
+            )
+        )
+        return
+    from fedkeel.watch import figure
+
+    shown = ", ".join(f"{name} {figure(row)}" for name, row in found.items())
+    _out.print(f"{escape(done.job.name)}: {shown} after {done.job.rounds} rounds")
+    _out.print(f"run: {escape(str(done.path))}\nreport: {escape(str(done.dir.report))}")
+
+
+def main() -> None:
+    """Run the CLI; what the user can mend is one sentence on stderr, never a traceback."""
+    from fedkeel.core.errors import FedkeelError, InputError
+
+    try:
+        app()
+    except InputError as error:
+        _err.print(f"[red]error:[/] {escape(str(error))}")
+        sys.exit(2)
+    except FedkeelError as error:
+        _err.print(f"[red]failed:[/] {escape(str(error))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _err.print("interrupted; go on with: fedkeel resume DIR")
+        sys.exit(130)

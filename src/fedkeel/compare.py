@@ -1,0 +1,178 @@
+"""Compare variants of a job: every combination of values, over seeds, with intervals."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkeel.api import Progress, Run, Watcher, resume, run
+from fedkeel.config import Job
+from fedkeel.core.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One combination over its seeds: the final value of each run, their mean and its 95% interval (Student's t).
+
+    `curve` holds (round, mean, low, high). With one seed the interval is the one the run reports of its test set.
+    """
+
+    label: str
+    settings: Mapping[str, str]
+    values: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+    curve: tuple[tuple[int, float, float, float], ...]
+    runs: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What `compare` found, and the files it wrote."""
+
+    metric: str
+    variants: tuple[Variant, ...]
+    csv: Path
+    report: Path
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "variant": v.label,
+                "seeds": len(v.values),
+                "mean": v.mean,
+                "low": v.low,
+                "high": v.high,
+                "values": list(v.values),
+            }
+            for v in self.variants
+        ]
+
+
+def compare(
+    job: Job,
+    vary: Mapping[str, Sequence[str]],
+    *,
+    seeds: int = 3,
+    out: Path | str | None = None,
+    metric: str = "accuracy",
+    watch: Callable[[str, int, Progress], None] | None = None,
+) -> Comparison:
+    """Run every combination of `vary` (key -> values, as `--vary` takes them) over `seeds` seeds: job.seed, +1, ...
+
+    Finished runs under `out` are kept and interrupted ones resumed, so a comparison can be stopped and called again.
+    All combinations are checked before the first is run. Writes `comparison.csv` and `report.html` into `out`.
+    """
+    from fedkeel.ship.report import write_comparison
+
+    if seeds < 1:
+        raise InputError(f"seeds = {seeds}: at least one is needed")
+    for key, values in vary.items():
+        if not values:
+            raise InputError(f"--vary {key} names no values: write {key}=a,b")
+    root = Path(out) if out else Path("runs") / f"{job.name}-compare"
+    combinations = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
+    planned = [(c, _jobs(job, c, seeds)) for c in combinations]
+    found = []
+    for settings, jobs in planned:
+        label = ", ".join(settings.values()) or job.name
+        done = []
+        for seed, one in enumerate(jobs):
+            place = root / _folder(settings) / f"seed-{one.seed}"
+            tell = _teller(watch, label, seed)
+            done.append(_run_or_resume(one, place, tell))
+        found.append(_summary(label, settings, done, metric))
+    table = root / "comparison.csv"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*vary, "seeds", "mean", "low", "high", "values"])
+        for v in found:
+            values = " ".join(f"{x:.6g}" for x in v.values)
+            writer.writerow([*v.settings.values(), len(v.values), v.mean, v.low, v.high, values])
+    rows = [
+        {"label": v.label, "seeds": len(v.values), "mean": v.mean, "low": v.low, "high": v.high, "curves": v.curve}
+        for v in found
+    ]
+    page = write_comparison(root / "report.html", rows, settings=job.to_toml())
+    return Comparison(metric, tuple(found), table, page)
+
+
+def _jobs(job: Job, settings: Mapping[str, str], seeds: int) -> list[Job]:
+    """The job with these settings at every seed, checked as far as it can be without its data."""
+    from fedkeel import plugins
+    from fedkeel.sim.federation import build_plan, build_work
+
+    plugins.load(job.plugins)
+    varied = job.with_settings(f"{key}={value}" for key, value in settings.items())
+    build_plan(varied)
+    build_work(varied)
+    for key, kind in (("data.source", "source"), ("data.partition", "partition"), ("model.build", "model")):
+        varied.rule(key, kind)
+    if varied.attack.rule is not None:
+        varied.rule("attack.rule", "attack")
+    return [varied.with_settings([f"seed={job.seed + s}"]) for s in range(seeds)]
+
+
+def _run_or_resume(job: Job, place: Path, watch: Watcher) -> Run:
+    if not (place / "job.toml").is_file():
+        return run(job, place, watch=watch, with_report=False)
+    kept = Run(place).job
+    if kept.model_copy(update={"plugins": ()}) != job.model_copy(update={"plugins": ()}):
+        raise InputError(f"'{place}' holds a run of another job: choose another --out, or delete it")
+    return resume(place, watch=watch, with_report=False)
+
+
+def _summary(label: str, settings: Mapping[str, str], runs: Sequence[Run], metric: str) -> Variant:
+    by_round: dict[int, list[float]] = {}
+    alone: dict[int, tuple[float, float, float]] = {}
+    for one in runs:
+        for row in one.metrics:
+            if row["name"] == metric and row["scope"] == "global" and row["value"] is not None:
+                by_round.setdefault(row["round"], []).append(row["value"])
+                low, high = (row["value"] if row[k] is None else row[k] for k in ("low", "high"))
+                alone[row["round"]] = (row["value"], low, high)
+    if not by_round:
+        raise InputError(
+            f"metric '{metric}' is not in the runs: they measure loss, and accuracy where there are labels"
+        )
+    spread = {
+        r: _interval(v) if len(runs) > 1 else alone[r] for r, v in sorted(by_round.items()) if len(v) == len(runs)
+    }
+    last = max(spread)
+    curve = tuple((r, *spread[r]) for r in spread)
+    paths = tuple(one.path for one in runs)
+    return Variant(label, dict(settings), tuple(by_round[last]), *spread[last], curve, paths)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and its 95% interval over seeds (Student's t)."""
+    from scipy.stats import t
+
+    n = len(values)
+    mean = sum(values) / n
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def _folder(settings: Mapping[str, str]) -> str:
+    """A readable directory name, with a digest so that two variants never share one."""
+    text = "_".join(settings.values()) or "job"
+    readable = "".join(c if c.isalnum() or c in "._-=" else "-" for c in text).strip("-.")[:80]
+    return f"{readable}-{hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:6]}"
+
+
+def _teller(watch: Callable[[str, int, Progress], None] | None, label: str, seed: int) -> Watcher:
+    def tell(progress: Progress) -> None:
+        if watch is not None:
+            watch(label, seed, progress)
+
+    return tell

@@ -1,0 +1,282 @@
+"""The job file: everything a federation is told, in one place. TOML in, a frozen `Job` out, or one sentence."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedkeel.core.errors import InputError, nearest
+from fedkeel.core.registry import Rule, parse
+
+Positive = Annotated[int, Field(ge=1)]
+DEFAULT_CHECKS = ("layout", "version", "claims", "duplicate", "replayed", "finite")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Section):
+    """Which examples there are, and who holds them."""
+
+    source: str = Field("digits", description="where the examples come from: `fedkeel rules source`")
+    partition: str = Field(
+        "dirichlet(alpha=0.3)", description="how they lie with the clients: `fedkeel rules partition`"
+    )
+    clients: Positive = Field(50, description="how many clients there are")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of each client's examples kept back to test that client's own model"
+    )
+
+
+class Model(Section):
+    """What is trained."""
+
+    build: str = Field("mlp", description="`fedkeel rules model`")
+    loss: str = Field("cross_entropy", description="`fedkeel rules loss`")
+    private: tuple[str, ...] = Field((), description="name patterns of layers that stay on the client, as 'head.*'")
+    version: str = Field("1.0.0", description="semantic version of the model card")
+
+
+class Train(Section):
+    """What each selected client does."""
+
+    batch_size: Positive = Field(20, description="examples per step")
+    lr: Annotated[float, Field(gt=0)] = Field(0.1, description="learning rate of the local SGD")
+    stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
+    corrections: tuple[str, ...] = Field((), description="changes to the local gradient: `fedkeel rules correction`")
+    backend: str = Field("auto", description="auto, traced, rows or loop: the same results, at different speed")
+    device: str = Field("cpu", description="cpu or cuda")
+    workers: Positive | None = Field(None, description="worker processes; one a core when left out")
+
+
+class Select(Section):
+    """Who takes part in a round."""
+
+    cohort: Positive | None = Field(None, description="clients per round; all when left out")
+    rule: str = Field("uniform", description="`fedkeel rules selector`")
+
+
+class Schedule(Section):
+    """When a round closes."""
+
+    rule: str = Field("sync", description="`fedkeel rules scheduler`")
+
+
+class Client(Section):
+    """What a client does to its update before it leaves."""
+
+    transforms: tuple[str, ...] = Field((), description="in order: `fedkeel rules row_transform`")
+    codec: str = Field("float32", description="`fedkeel rules codec`")
+    zstd: Annotated[int, Field(ge=0, le=22)] = Field(0, description="compression level of the payload, 0 for none")
+
+
+class Aggregate(Section):
+    """How updates become one: check, screen, weigh, mix, reduce."""
+
+    checks: tuple[str, ...] = Field(DEFAULT_CHECKS, description="at the door, in order: `fedkeel rules check`")
+    screens: tuple[str, ...] = Field((), description="against the cohort: `fedkeel rules screen`")
+    weigh: tuple[str, ...] = Field(("examples",), description="weights, multiplied: `fedkeel rules weigher`")
+    mix: tuple[str, ...] = Field((), description="in order: `fedkeel rules mixer`")
+    reduce: str = Field("mean", description="rows to one: `fedkeel rules reducer`")
+    max_staleness: Annotated[int, Field(ge=0)] = Field(0, description="how many versions behind an update may be")
+
+
+class Server(Section):
+    """How the model moves along the aggregate."""
+
+    optimiser: str = Field("sgd", description="`fedkeel rules server_optimiser`")
+
+
+class Attack(Section):
+    """Hostile clients, in simulation only."""
+
+    rule: str | None = Field(None, description="what they do: `fedkeel rules attack`; nobody is hostile when left out")
+    clients: Annotated[int, Field(ge=0)] = Field(0, description="how many of the clients are hostile")
+
+
+class Record(Section):
+    """What is written down, and how often."""
+
+    evaluate_every: Positive = Field(1, description="rounds between evaluations; the last round always is")
+    checkpoint_every: Positive = Field(10, description="rounds between checkpoints")
+
+
+class Job(Section):
+    """A federation as its user writes it. Every rule is text, written as a call: `trimmed_mean(trim=2)`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "federation"
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: Positive = 20
+    plugins: tuple[str, ...] = Field((), description="Python files with your own rules, models, sources")
+    data: Data = Data()
+    model: Model = Model()
+    train: Train = Train()
+    select: Select = Select()
+    schedule: Schedule = Schedule()
+    client: Client = Client()
+    aggregate: Aggregate = Aggregate()
+    server: Server = Server()
+    attack: Attack = Attack()
+    record: Record = Record()
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**_tuples(values))
+        except ValidationError as error:
+            raise InputError(_sentence(error)) from None
+        if self.attack.clients > self.data.clients:
+            raise InputError(
+                f"attack.clients = {self.attack.clients} is more than data.clients = {self.data.clients}: lower it"
+            )
+        if self.attack.clients and self.attack.rule is None:
+            raise InputError(f"attack.clients = {self.attack.clients}, but attack.rule is missing: name an attack")
+        if (self.select.cohort or 1) > self.data.clients:
+            raise InputError(
+                f"select.cohort = {self.select.cohort} is more than data.clients = {self.data.clients}: lower it"
+            )
+
+    @property
+    def cohort(self) -> int:
+        return self.select.cohort or self.data.clients
+
+    def rule(self, key: str, kind: str) -> Rule:
+        """The built rule that a key such as `aggregate.reduce` names."""
+        return self._parsed(key, kind, self._value(key))
+
+    def rules(self, key: str, kind: str) -> tuple[Rule, ...]:
+        return tuple(self._parsed(key, kind, text) for text in self._value(key))
+
+    def _value(self, key: str) -> Any:
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
+
+    def _parsed(self, key: str, kind: str, text: str) -> Rule:
+        try:
+            return parse(kind, text)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from None
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def with_settings(self, settings: Iterable[str]) -> Job:
+        """A job with `section.key=value` settings applied, as `--set` gives them."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise InputError(f"'{setting}' is no setting: write section.key=value")
+            _assign(values, key.strip(), text.strip())
+        return Job(**values)
+
+
+def load(path: Path | str) -> Job:
+    """The job in a TOML file. Plugin paths are taken relative to the file."""
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"job file '{path}' does not exist: `fedkeel new NAME` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"job file '{path}' can not be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"job file '{path}' is not valid TOML: {error}") from None
+    plugins = values.get("plugins", [])
+    if isinstance(plugins, list):
+        values["plugins"] = [str(path.parent / p) if isinstance(p, str) else p for p in plugins]
+    return Job(**values)
+
+
+def field_type(key: str) -> Any:
+    """The annotation of a job key such as `train.lr`, or an `InputError` naming the nearest key."""
+    model: type[BaseModel] = Job
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if part not in model.model_fields:
+            where = ".".join(parts[:depth])
+            prefix = f"{where}." if where else ""
+            raise InputError(
+                f"key '{key}' is unknown: {nearest(prefix + part, [prefix + f for f in model.model_fields])}"
+            )
+        annotation = model.model_fields[part].annotation
+        nested = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        if nested != (depth < len(parts) - 1):
+            raise InputError(f"key '{key}' names no value: write section.key, as train.lr")
+        if nested:
+            model = annotation  # type: ignore[assignment]
+    return annotation
+
+
+def split_list(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes: `mean,trimmed_mean(trim=2)`."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    parts.append(text[start:])
+    return [p.strip() for p in parts if p.strip()]
+
+
+def _assign(values: dict[str, Any], key: str, text: str) -> None:
+    annotation = field_type(key)
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+    values[last] = _read(annotation, text)
+
+
+def _read(annotation: Any, text: str) -> Any:
+    """A value as TOML would read it; text stays text where the key takes text; a list may be written `a,b`."""
+    kinds = {annotation, *get_args(annotation)}
+    if any(getattr(k, "__origin__", None) is tuple or k is tuple for k in kinds):
+        inner = text.strip().removeprefix("[").removesuffix("]")
+        return [part.strip("'\"") for part in split_list(inner)]
+    if text in ("", "none") and type(None) in kinds:
+        return None
+    if str in kinds:
+        return text
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _tuples(values: Any) -> Any:
+    """Lists as tuples: what frozen sections hold."""
+    if isinstance(values, Mapping):
+        return {k: _tuples(v) for k, v in values.items()}
+    return tuple(_tuples(v) for v in values) if isinstance(values, list) else values
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(key)
+    value = first["input"]
+    shown = f"= {value!r} is" if not isinstance(value, Mapping) else "is"
+    return f"{key} {shown} not valid: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _unknown(key: str) -> str:
+    try:
+        field_type(key)
+    except InputError as error:
+        return str(error)
+    return f"key '{key}' is unknown"

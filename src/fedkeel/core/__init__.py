@@ -1,0 +1,1 @@
+"""Layout, types, registry, keys, errors: imports nothing of ours but the kernels."""

@@ -1,0 +1,241 @@
+"""Small registered functions: one decorator line makes a rule known to config, CLI and the law tests.
+
+A rule's positional arguments are the contract of its kind; its keyword-only parameters are its config schema;
+the first line of its docstring is its CLI help. In text (job files, `--set`, `--vary`, reports) a rule is written
+as a call: `trimmed_mean(trim=2)`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedkeel.core.errors import FedkeelError, InputError, nearest
+
+KINDS: dict[str, tuple[str, str]] = {
+    # kind: (contract, module that holds the built-in rules)
+    "selector": ("(clients, count, round, key) -> ids", "fedkeel.rules.select"),
+    "correction": ("(g, theta, theta0, c_i, c) -> g", "fedkeel.rules.local"),
+    "stopping": ("(num_examples, batch_size, losses) -> steps wanted in all", "fedkeel.rules.stop"),
+    "row_transform": ("(U, keys, memory) -> (U, memory)", "fedkeel.rules.rows"),
+    "codec": ("() -> Codec", "fedkeel.rules.codec"),
+    "check": ("(update, door) -> reason or None", "fedkeel.rules.check"),
+    "screen": ("(cohort, state) -> {row: (reason, score)}", "fedkeel.rules.screen"),
+    "weigher": ("(cohort, state) -> (n,)", "fedkeel.rules.weigh"),
+    "mixer": ("(U, w) -> (U, w)", "fedkeel.rules.mix"),
+    "reducer": ("(U, w) -> (P,)", "fedkeel.rules.reduce"),
+    "server_optimiser": ("(theta, d, s) -> (theta, s)", "fedkeel.rules.server_opt"),
+    "attack": ("(U, bad, keys) -> rows (f, P)", "fedkeel.rules.attack"),
+    "scheduler": ("(view) -> decision", "fedkeel.rules.schedule"),
+    "source": ("(key) -> Pool", "fedkeel.sim.sources"),
+    "partition": ("(pool, clients, key) -> Split", "fedkeel.sim.partitions"),
+    "model": ("(inputs, classes) -> nn.Module", "fedkeel.sim.models"),
+    "loss": ("(output, target) -> (B,)", "fedkeel.train.losses"),
+}
+
+
+class RegistrationError(FedkeelError):
+    """A rule cannot be registered as it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """What is registered: the function, its parameters' types and defaults, and what it needs.
+
+    `needs(**parameters) -> int` is the least number of rows (for a partition: examples per client) the rule is
+    defined for. `init` makes the first state of a stateful rule. `traits` name the laws the rule claims beyond those
+    of its kind.
+    """
+
+    kind: str
+    name: str
+    function: Callable[..., Any]
+    parameters: Mapping[str, inspect.Parameter]
+    types: Mapping[str, Any]
+    needs: Callable[..., int] | None
+    init: Callable[..., Any] | None
+    traits: frozenset[str]
+
+    @property
+    def doc(self) -> str:
+        return inspect.cleandoc(self.function.__doc__ or "")
+
+    @property
+    def summary(self) -> str:
+        return self.doc.partition("\n")[0]
+
+    @property
+    def signature(self) -> str:
+        """As a user writes it: `krum(f, m=1)`."""
+        shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in self.parameters.values()]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A registered function with its parameters bound; calling it applies the contract of its kind."""
+
+    definition: Definition
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.definition.kind
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    @property
+    def needs(self) -> int:
+        """The least number of rows this rule is defined for, with these parameters."""
+        return 1 if self.definition.needs is None else self.definition.needs(**self.parameters)
+
+    def init(self, *args: Any) -> Any:
+        """The first state of a stateful rule; an empty state for a stateless one."""
+        return {} if self.definition.init is None else self.definition.init(*args, **self.parameters)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.definition.function(*args, **self.parameters)
+
+    def __repr__(self) -> str:
+        if not self.parameters:
+            return self.name
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"
+
+    def __hash__(self) -> int:
+        return hash((self.kind, repr(self)))
+
+
+_rules: dict[str, dict[str, Definition]] = {kind: {} for kind in KINDS}
+_loaded: set[str] = set()
+
+
+def rule(
+    kind: str,
+    name: str | None = None,
+    *,
+    needs: Callable[..., int] | None = None,
+    init: Callable[..., Any] | None = None,
+    traits: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as a rule of `kind`, under its own name or `name`.
+
+    Raises `RegistrationError` for an unknown kind, a name that is taken, a parameter without a type, a missing
+    docstring.
+    """
+    if kind not in KINDS:
+        raise RegistrationError(f"kind '{kind}' is unknown: {nearest(kind, KINDS)}")
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        label = name or function.__name__
+        _load(kind, registering=function.__module__)
+        if label in _rules[kind]:
+            raise RegistrationError(f"{kind} '{label}' is registered already: choose another name")
+        signature = inspect.signature(function)
+        parameters = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+        hints = typing.get_type_hints(function, include_extras=True)
+        for parameter in parameters:
+            if parameter not in hints:
+                raise RegistrationError(f"{kind} '{label}': parameter '{parameter}' needs a type annotation")
+        if not function.__doc__:
+            raise RegistrationError(f"{kind} '{label}' needs a docstring: its first line is the help users read")
+        _rules[kind][label] = Definition(
+            kind, label, function, parameters, {p: hints[p] for p in parameters}, needs, init, frozenset(traits)
+        )
+        return function
+
+    return register
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """The registered names of a kind, sorted."""
+    if kind not in KINDS:
+        raise InputError(f"kind '{kind}' is unknown: {nearest(kind, KINDS)}")
+    _load(kind)
+    return tuple(sorted(_rules[kind]))
+
+
+def definition(kind: str, name: str) -> Definition:
+    """The definition behind a name, or an `InputError` naming the nearest one."""
+    known = names(kind)
+    if name not in known:
+        raise InputError(f"{kind} '{name}' is unknown: {nearest(name, known)}")
+    return _rules[kind][name]
+
+
+def build(kind: str, name: str, /, **parameters: Any) -> Rule:
+    """The rule with its parameters bound: `build("reducer", "trimmed_mean", trim=2)(U, w)`.
+
+    Raises `InputError` naming the parameter, its value and the remedy.
+    """
+    found = definition(kind, name)
+    where = f"{kind} '{name}'"
+    for parameter in parameters:
+        if parameter not in found.parameters:
+            remedy = nearest(parameter, found.parameters) if found.parameters else "it takes no parameters"
+            raise InputError(f"{where} has no parameter '{parameter}': {remedy}")
+    bound: dict[str, Any] = {}
+    for parameter, spec in found.parameters.items():
+        if parameter not in parameters:
+            if spec.default is spec.empty:
+                raise InputError(f"{where} needs parameter '{parameter}': write {found.signature}")
+            bound[parameter] = spec.default
+            continue
+        value = parameters[parameter]
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            bound[parameter] = TypeAdapter(found.types[parameter]).validate_python(value, strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise InputError(f"{where}: parameter '{parameter}' = {value!r} is not valid: {problem}") from None
+    return Rule(found, bound)
+
+
+def parse(kind: str, text: str) -> Rule:
+    """The rule a user wrote as text: `"trimmed_mean(trim=2)"` or `"mean"`."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        if isinstance(tree, ast.Name):
+            return build(kind, tree.id)
+        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
+            pairs = {k.arg: ast.literal_eval(k.value) for k in tree.keywords if k.arg is not None}
+            if len(pairs) == len(tree.keywords):
+                return build(kind, tree.func.id, **pairs)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        pass
+    raise InputError(f"{kind} {text!r} cannot be read: write a name, or name(parameter=value, ...)")
+
+
+def _load(kind: str, registering: str = "") -> None:
+    """Import the built-in rules of a kind, once; a user's rule may not take a built-in name by coming first."""
+    module = KINDS[kind][1]
+    if kind in _loaded or registering == module:
+        return
+    _loaded.add(kind)
+    importlib.import_module(module)
+
+
+def type_name(annotation: Any) -> str:
+    """How a parameter's type reads in help: `int >= 1`, `float`, `tuple[int, ...]`."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        base, *marks = typing.get_args(annotation)
+        bounds = [
+            f"{sign} {getattr(mark, attribute)}"
+            for info in marks
+            for mark in getattr(info, "metadata", [info])
+            for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+            if hasattr(mark, attribute)
+        ]
+        return " ".join([type_name(base), *bounds])
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")

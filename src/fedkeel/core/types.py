@@ -1,0 +1,225 @@
+"""What travels between the rooms. float32 unless said; n clients are rows, P columns are the layout's shared ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkeel.core.keys import Key
+from fedkeel.kernels import distance
+
+Stage = Literal["train", "transport", "decode", "check", "screen", "weigh", "late"]
+
+
+class Refusal(NamedTuple):
+    """Why an update was not used: data, never an exception. `score` is the rule's figure, if it has one."""
+
+    stage: Stage
+    rule: str
+    reason: str
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a client says of its own work. None of it is trusted before the checks."""
+
+    client: str
+    task: int
+    base_version: int
+    layout_digest: str
+    num_examples: int
+    steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An update at the door: the claims, and once its payload is decoded the delta (P,) and what was measured of it.
+
+    `norm` is the L2 norm of the parameter columns, accumulated in float64; `finite` is about every column.
+    `payload_digest` is the SHA-256 of the encoded row. Checks with the trait "header" see no delta yet.
+    """
+
+    claims: Claims
+    payload_digest: bytes
+    bytes_up: int
+    delta: Tensor | None = None
+    norm: float = 0.0
+    finite: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What the server knows when an update knocks: what checks compare the claims with.
+
+    `outstanding` maps clients to the task they were given; `answered` holds the tasks that already have an answer;
+    `last_payload` the digest of each client's latest admitted payload, hex.
+    """
+
+    layout_digest: str
+    version: int
+    max_staleness: int
+    outstanding: Mapping[str, int]
+    answered: Set[int]
+    last_payload: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Rows to payloads and back.
+
+    `encode(U (n, P), keys) -> n payloads`; `decode(payload, out (P,))` fills `out` or raises `DecodeError`;
+    `max_bytes(P)` bounds a payload. `error(row (P,)) -> (P,)` bounds |decoded - row| per column.
+    """
+
+    encode: Callable[[Tensor, Sequence[Key]], list[bytes | memoryview]]
+    decode: Callable[[memoryview, Tensor], None]
+    max_bytes: Callable[[int], int]
+    error: Callable[[Tensor], Tensor]
+
+
+class View(NamedTuple):
+    """What a scheduler sees of the buffer that is open: counts of clients, and the clock in seconds."""
+
+    cohort: int
+    started: int
+    in_flight: int
+    received: int
+    opened: float
+    now: float
+
+
+class Decision(NamedTuple):
+    """What a scheduler wants: start so many clients; close the buffer; wake it at a time; skip the round, and why."""
+
+    start: int = 0
+    close: bool = False
+    wake: float | None = None
+    skip: str | None = None
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Admitted rows only, in the order in which the clients were selected.
+
+    U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of the parameter columns.
+    `params` are the columns of U that are parameters (the rest are buffers).
+    """
+
+    U: Tensor
+    client: tuple[str, ...]
+    num_examples: Tensor
+    staleness: Tensor
+    steps: Tensor
+    norm: Tensor
+    params: slice
+    metrics: tuple[Mapping[str, float], ...]
+
+    def __len__(self) -> int:
+        return self.U.shape[0]
+
+    @cached_property
+    def sq_distances(self) -> Tensor:
+        """Squared distances between the rows' parameters, (n, n) float64: one Gram matrix for every distance rule."""
+        return distance.sq_distances(self.U[:, self.params])
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """Everything a federation needs to go on: the model theta (P,) and the state of every stateful rule.
+
+    `version` counts models (it moves when a round is applied), `round` counts closed rounds (skipped ones included),
+    `next_task` numbers the work given out.
+    `opt` and `control` hold vectors (P,), `trust` and `privacy` what their rules keep, as JSON values.
+    """
+
+    theta: Tensor
+    version: int = 0
+    round: int = 0
+    next_task: int = 0
+    opt: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+    trust: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> ServerState:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRow:
+    """One client's line of a round report. `weight` is its share of the sum of weights, 0 when it was not used."""
+
+    client: str
+    refusal: Refusal | None
+    weight: float = 0.0
+    norm: float | None = None
+    cosine: float | None = None
+    num_examples: int | None = None
+    steps: int | None = None
+    staleness: int | None = None
+    bytes_up: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """What one round did; one row set of the ledger. Rounds count from 1. `skipped` says why the model was kept, if it was.
+
+    `time` is the federation's clock (virtual in the simulator) at close, in seconds; `seconds` the wall time by part.
+    `cosine` of a client is between its row and the aggregate, over the parameter columns.
+    """
+
+    round: int
+    version: int
+    time: float
+    clients: tuple[ClientRow, ...]
+    skipped: str | None = None
+    update_norm: float = 0.0
+    bytes_down: int = 0
+    epsilon: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> dict[str, Refusal]:
+        return {c.client: c.refusal for c in self.clients if c.refusal is not None}
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(c.bytes_up for c in self.clients)
+
+
+class ClientMemory:
+    """What each client keeps between rounds: name -> vector. It never travels; a checkpoint holds it in simulation."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    def of(self, client: str) -> Mapping[str, Tensor]:
+        return self._held.get(client, {})
+
+    def keep(self, client: str, values: Mapping[str, Tensor]) -> None:
+        """Replace what a client remembers under these names."""
+        if values:
+            self._held.setdefault(client, {}).update({k: v.detach().clone() for k, v in values.items()})
+
+    def items(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(client, name, vector), in a fixed order."""
+        for client in sorted(self._held):
+            for name in sorted(self._held[client]):
+                yield client, name, self._held[client][name]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def empty_cohort(columns: int, params: slice) -> Cohort:
+    """A cohort of no rows: what screening may leave."""
+    none = torch.zeros(0, dtype=torch.float64)
+    return Cohort(torch.zeros(0, columns), (), none, none, none, none, params, ())

@@ -1,0 +1,50 @@
+"""The client's half of a round: rows to envelopes. n rows in the simulator, one row on a device; the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedkeel.core.keys import Key
+from fedkeel.core.layout import Layout
+from fedkeel.core.types import Claims, ClientMemory, Codec
+from fedkeel.round import wire
+from fedkeel.round.plan import Plan
+
+
+def transform(
+    rows: Tensor, keys: Sequence[Key], clients: Sequence[str], memory: ClientMemory, plan: Plan, layout: Layout
+) -> Tensor:
+    """Apply the plan's row transforms to the parameter columns of rows (n, P); buffers pass as they are."""
+    if not plan.transforms:
+        return rows
+    params = layout.params
+    moved = rows[:, params]
+    for rule in plan.transforms:
+        name = f"transform/{rule.name}"
+        kept = [
+            {k.removeprefix(name + "/"): v for k, v in memory.of(c).items() if k.startswith(name + "/")}
+            for c in clients
+        ]
+        folded = [key.fold("transform", rule.name) for key in keys]
+        moved, kept = rule(moved, folded, kept)
+        for client, values in zip(clients, kept, strict=True):
+            memory.keep(client, {f"{name}/{k}": v for k, v in values.items()})
+    return moved if params.stop == rows.shape[1] else torch.cat([moved, rows[:, params.stop :]], dim=1)
+
+
+def encode(rows: Tensor, keys: Sequence[Key], claims: Sequence[Claims], plan: Plan) -> list[bytes]:
+    """Seal rows (n, P), one envelope each."""
+    codec: Codec = plan.codec()
+    payloads = codec.encode(rows, [key.fold("codec") for key in keys])
+    return [wire.seal(c, repr(plan.codec), p, plan.zstd) for c, p in zip(claims, payloads, strict=True)]
+
+
+def prepare(
+    rows: Tensor, keys: Sequence[Key], claims: Sequence[Claims], memory: ClientMemory, plan: Plan, layout: Layout
+) -> list[bytes]:
+    """Row transforms, codec, envelope for rows (n, P) of the clients that `claims` name."""
+    clients = [c.client for c in claims]
+    return encode(transform(rows, keys, clients, memory, plan, layout), keys, claims, plan)

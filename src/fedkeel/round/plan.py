@@ -1,0 +1,73 @@
+"""The plan: a job's rules, built, in the order in which a round applies them. Its repr is the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedkeel.core.errors import InputError
+from fedkeel.core.registry import Rule
+
+STREAM_ABOVE = 256 * 2**20
+"""Bytes of a cohort's matrix above which a mean is summed as updates arrive, and no matrix is kept."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """select, [device: transforms, codec, zstd], checks, screens, weighers, mixers, reducer, optimiser.
+
+    `cohort` clients are selected a round. The constructor refuses combinations that can never close a round.
+    """
+
+    select: Rule
+    schedule: Rule
+    codec: Rule
+    reducer: Rule
+    optimiser: Rule
+    cohort: int
+    transforms: tuple[Rule, ...] = ()
+    checks: tuple[Rule, ...] = ()
+    screens: tuple[Rule, ...] = ()
+    weighers: tuple[Rule, ...] = ()
+    mixers: tuple[Rule, ...] = ()
+    zstd: int = 0
+    max_staleness: int = 0
+
+    def __post_init__(self) -> None:
+        if self.cohort < 1:
+            raise InputError(f"select.cohort = {self.cohort}: at least one client must take part in a round")
+        for rule in (*self.weighers, self.reducer):
+            if rule.needs > self.cohort:
+                raise InputError(
+                    f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but select.cohort is {self.cohort}: "
+                    f"raise the cohort or lower the rule's parameter"
+                )
+        quorum = self.schedule.parameters.get("quorum", 1)
+        if quorum > self.cohort:
+            raise InputError(f"schedule quorum = {quorum} is above select.cohort = {self.cohort}: no round could close")
+
+    def streams(self, columns: int) -> bool:
+        """Whether this plan sums rows as they come: a mean by per-row weights, too large to be worth keeping."""
+        per_row = all("per_row" in w.definition.traits for w in self.weighers)
+        mean = "streams" in self.reducer.definition.traits and not (self.screens or self.mixers)
+        return mean and per_row and 4 * self.cohort * columns > STREAM_ABOVE
+
+    @property
+    def steps(self) -> list[tuple[str, str]]:
+        """(stage, rules) in order, for people."""
+        codec = f"{self.codec!r} + zstd({self.zstd})" if self.zstd else repr(self.codec)
+        stages: list[tuple[str, tuple[object, ...]]] = [
+            ("select", (f"{self.cohort} by {self.select!r}",)),
+            ("schedule", (self.schedule,)),
+            ("transform", self.transforms),
+            ("encode", (codec,)),
+            ("check", self.checks),
+            ("screen", self.screens),
+            ("weigh", self.weighers),
+            ("mix", self.mixers),
+            ("reduce", (self.reducer,)),
+            ("optimise", (self.optimiser,)),
+        ]
+        return [(stage, ", ".join(map(str, rules))) for stage, rules in stages if rules]
+
+    def __repr__(self) -> str:
+        return " -> ".join(f"{stage}: {rules}" for stage, rules in self.steps)

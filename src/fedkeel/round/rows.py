@@ -1,0 +1,94 @@
+"""Where admitted rows wait for the close: a matrix, or for a mean too large to keep, a running sum.
+
+Rows end in the order of their tasks, whatever order they came in, so that results do not depend on arrival.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import torch
+from torch import Tensor
+
+
+class RowStore:
+    """Slots of P columns: `slot()` is the next free row to decode into, `admit(task)` keeps it, else it is reused."""
+
+    def __init__(self, columns: int, capacity: int) -> None:
+        self.columns = columns
+        self._rows = torch.empty(capacity, columns)
+        self._tasks: list[int] = []
+
+    def slot(self) -> Tensor:
+        """(P,), to be overwritten. Its content counts only after `admit`."""
+        if len(self._tasks) == len(self._rows):
+            grown = torch.empty(2 * len(self._rows), self.columns)
+            grown[: len(self._rows)] = self._rows
+            self._rows = grown
+        return self._rows[len(self._tasks)]
+
+    def admit(self, task: int) -> None:
+        self._tasks.append(task)
+
+    def in_order(self) -> Tensor:
+        """The admitted rows (n, P) by ascending task, moved in place: no second matrix."""
+        order = sorted(range(len(self._tasks)), key=self._tasks.__getitem__)
+        permute_(self._rows, order)
+        self._tasks.sort()
+        return self._rows[: len(order)]
+
+    def clear(self) -> None:
+        self._tasks.clear()
+
+
+class RowSum:
+    """The same door for a streaming mean: rows are added in the order of their tasks.
+
+    A row waits only while an earlier task is still open, so rows that come in order need no memory but the sum
+    (P,), float64.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.total = torch.zeros(columns, dtype=torch.float64)
+        self._spare = torch.empty(columns)
+        self._free: list[Tensor] = []
+        self._waiting: list[tuple[int, float, Tensor]] = []
+
+    def slot(self) -> Tensor:
+        return self._spare
+
+    def admit(self, task: int, weight: float) -> None:
+        bisect.insort(self._waiting, (task, weight, self._spare), key=lambda item: item[0])
+        self._spare = self._free.pop() if self._free else torch.empty(self.columns)
+
+    def fold(self, first_open: float) -> None:
+        """Add the rows whose tasks come before `first_open`, the earliest task that may still be answered."""
+        ready = bisect.bisect_left(self._waiting, first_open, key=lambda item: item[0])
+        for _, weight, row in self._waiting[:ready]:
+            self.total.add_(row, alpha=weight)
+            self._free.append(row)
+        del self._waiting[:ready]
+
+    def clear(self) -> None:
+        self.total.zero_()
+        self._free.extend(row for _, _, row in self._waiting)
+        self._waiting.clear()
+
+
+def permute_(rows: Tensor, order: list[int]) -> None:
+    """Row i becomes what row order[i] was, in place, with one spare row; rows past len(order) may change.
+
+    `order` holds distinct indices.
+    """
+    at = list(range(len(rows)))  # at[j]: where original row j lies now
+    held = list(range(len(rows)))  # held[p]: which original row lies at p
+    for i, j in enumerate(order):
+        p = at[j]
+        if p != i:
+            spare = rows[i].clone()
+            rows[i] = rows[p]
+            rows[p] = spare
+            other = held[i]
+            at[other], held[p] = p, other
+            at[j], held[i] = i, j

@@ -1,0 +1,359 @@
+"""The server's half of a round: admission, then arithmetic. It owns the model's state and no clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedkeel.core.errors import CohortError, DecodeError
+from fedkeel.core.layout import Layout
+from fedkeel.core.registry import Rule
+from fedkeel.core.types import ClientRow, Cohort, Door, Refusal, RoundReport, ServerState, Update
+from fedkeel.kernels import distance
+from fedkeel.round import wire
+from fedkeel.round.plan import Plan
+from fedkeel.round.rows import RowStore, RowSum
+
+MESSAGES_KEPT = 8
+"""Refused messages of one client that a round keeps in words; of more only the number is kept."""
+
+
+@dataclass(slots=True)
+class _Admitted:
+    task: int
+    update: Update
+    staleness: int
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What the arithmetic gave; weights, cosines and refusals by position in the admitted list."""
+
+    direction: Tensor = field(default_factory=lambda: torch.zeros(0))
+    norm: float = 0.0
+    weights: dict[int, float] = field(default_factory=dict)
+    cosines: dict[int, float] = field(default_factory=dict)
+    refused: dict[int, Refusal] = field(default_factory=dict)
+
+
+class Server:
+    """`expect` what was given out, `offer` what comes in, `close` the round. Every message ends in one report.
+
+    A refusal is returned and recorded, never raised: one bad client can not stop a round.
+    """
+
+    def __init__(self, plan: Plan, layout: Layout, state: ServerState) -> None:
+        self.plan = plan
+        self.layout = layout
+        self.state = state.replace(opt=state.opt or plan.optimiser.init(state.theta[layout.params]))
+        self._codec = plan.codec()
+        self._header_checks = [c for c in plan.checks if "header" in c.definition.traits]
+        self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
+        columns = layout.columns
+        self._streams = plan.streams(columns)
+        self._store = RowStore(columns, 0 if self._streams else plan.cohort)
+        self._sum = RowSum(columns if self._streams else 0)
+        self._outstanding: dict[str, int] = {}
+        self._answered: set[int] = set()
+        self._admitted: list[_Admitted] = []
+        self._refused: list[ClientRow] = []
+        self._messages: dict[str, tuple[int, int]] = {}
+        self._last_payload: dict[str, str] = dict(state.trust.get("last_payload", {}))
+
+    def snapshot(self) -> ServerState:
+        """The state to checkpoint. Work that is outstanding is not in it: a resumed round gives it out again."""
+        return self.state.replace(trust={**self.state.trust, "last_payload": dict(self._last_payload)})
+
+    # -- the door
+
+    def give(self, client: str) -> int:
+        """A new task for the client: its answer, and no other, will be let in."""
+        task = self.state.next_task
+        self.state = self.state.replace(next_task=task + 1)
+        self._outstanding[client] = task
+        return task
+
+    def give_up(self, client: str, refusal: Refusal) -> None:
+        """The client's task will have no answer: it failed, or was lost."""
+        if self._outstanding.pop(client, None) is not None:
+            self._refused.append(ClientRow(client, refusal))
+            self._fold()
+
+    def awaits(self, client: str) -> bool:
+        """Whether the client has a task that may still be answered."""
+        return client in self._outstanding
+
+    @property
+    def received(self) -> int:
+        return len(self._admitted)
+
+    @property
+    def door(self) -> Door:
+        """What the checks compare with."""
+        return Door(
+            self.layout.digest,
+            self.state.version,
+            self.plan.max_staleness,
+            self._outstanding,
+            self._answered,
+            self._last_payload,
+        )
+
+    def offer(self, client: str, data: bytes) -> Refusal | None:
+        """Let one message from `client` (as the transport knows it) through the door, or say why not.
+
+        A refused answer ends the client's task; a message about another task (late, doubled, replayed) does not.
+        Cost: O(bytes).
+        """
+        update: Update | None = None
+        try:
+            sealed = wire.read(data)
+            update = Update(sealed.claims, sealed.digest, len(data))
+            refusal = self._check_header(client, update)
+            if refusal is None:
+                update = self._measure(update, self._decode(sealed))
+                refusal = _first_refusal(self._body_checks, update, self.door)
+                if refusal is None:
+                    self._admit(client, update)
+                    return None
+        except DecodeError as error:
+            refusal = Refusal("decode", "envelope", str(error))
+        self._refuse(client, len(data), update, refusal)
+        if update is None or update.claims.task == self._outstanding.get(client):
+            self._outstanding.pop(client, None)
+            self._fold()
+        return refusal
+
+    def _decode(self, sealed: wire.Sealed) -> Tensor:
+        columns = self._sum.slot() if self._streams else self._store.slot()
+        wire.open_payload(sealed, repr(self.plan.codec), self._codec, columns)
+        return columns
+
+    def _check_header(self, client: str, update: Update) -> Refusal | None:
+        claims = update.claims
+        if claims.client != client:
+            return Refusal("check", "identity", f"it claims to be from '{claims.client[:64]}'")
+        refusal = _first_refusal(self._header_checks, update, self.door)
+        if refusal is None and self._outstanding.get(client) != claims.task:
+            # Structural, whatever checks a job names: no task is answered twice, none without being given.
+            late = claims.task < self.state.next_task
+            reason = f"task {claims.task} is closed" if late else f"task {claims.task} was never given out"
+            return Refusal("late" if late else "check", "task", reason)
+        return refusal
+
+    def _measure(self, update: Update, delta: Tensor) -> Update:
+        params = self.layout.params
+        square = float(distance.sq_norms(delta[None, params])[0])
+        rest = delta[params.stop :]
+        finite = math.isfinite(square) and bool(torch.isfinite(rest).all())
+        return replace(update, delta=delta, norm=math.sqrt(square), finite=finite)
+
+    def _admit(self, client: str, update: Update) -> None:
+        task = self._outstanding.pop(client)
+        self._answered.add(task)
+        admitted = _Admitted(task, update, self.state.version - update.claims.base_version)
+        if self._streams:
+            assert update.delta is not None
+            alone = self._cohort(update.delta[None], [admitted])
+            admitted.weight = math.prod(float(w(alone, self.state)[0]) for w in self.plan.weighers)
+            self._sum.admit(task, admitted.weight)
+        else:
+            self._store.admit(task)
+        self._admitted.append(admitted)
+        self._fold()
+
+    def _fold(self) -> None:
+        if self._streams:
+            self._sum.fold(min(self._outstanding.values(), default=math.inf))
+
+    def _refuse(self, client: str, size: int, update: Update | None, refusal: Refusal) -> None:
+        count, more = self._messages.get(client, (0, 0))
+        over = count >= MESSAGES_KEPT
+        self._messages[client] = (count + 1, more + size if over else 0)
+        if over:
+            return
+        row = ClientRow(client, refusal, bytes_up=size) if update is None else _described(update)
+        self._refused.append(replace(row, client=client, refusal=refusal))
+
+    # -- the close
+
+    def close(self, now: float, skip: str | None = None) -> RoundReport:
+        """Reduce what was admitted, step the model, and report. `skip` keeps the model, and says why.
+
+        Tasks still outstanding stay so (asynchronous work); the coordinator gives up those that it abandons.
+        """
+        self._admitted.sort(key=lambda a: a.task)
+        outcome = _Outcome()
+        if skip is None:
+            try:
+                outcome = self._reduce()
+                self._step(outcome.direction)
+            except CohortError as error:
+                skip = str(error)
+        report = RoundReport(
+            self.state.round + 1,
+            self.state.version,
+            now,
+            self._rows(outcome, skip),
+            skip,
+            0.0 if skip else outcome.norm,
+        )
+        self._next_buffer()
+        return report
+
+    def _reduce(self) -> _Outcome:
+        """The aggregate of the admitted rows. Raises `CohortError` when too few are left for the plan's rules."""
+        if not self._admitted:
+            raise CohortError("no update was admitted")
+        if self._streams:
+            self._sum.fold(math.inf)
+            weights = torch.tensor([a.weight for a in self._admitted], dtype=torch.float64)
+            total = _sum_of(weights)
+            direction = (self._sum.total / total).to(torch.float32)
+            return _Outcome(direction, self._length(direction), dict(enumerate((weights / total).tolist())))
+        cohort = self._cohort(self._store.in_order(), self._admitted)
+        kept, refused = self._screen(cohort)
+        if len(kept) < len(cohort):
+            cohort = self._take(cohort, kept)
+        for rule in (*self.plan.weighers, self.plan.reducer):
+            if rule.needs > len(cohort):
+                raise CohortError(f"{rule.kind} '{rule!r}' needs {rule.needs} rows, {len(cohort)} were left")
+        weights = torch.ones(len(cohort), dtype=torch.float64)
+        for rule in self.plan.weighers:
+            given = rule(cohort, self.state)
+            for row in torch.nonzero((given == 0) & (weights > 0)).flatten().tolist():
+                refused[kept[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0")
+            weights = weights * given
+        shares = weights / _sum_of(weights)
+        mixed, mixed_weights = cohort.U, weights
+        for rule in self.plan.mixers:
+            mixed, mixed_weights = rule(mixed, mixed_weights)
+        direction = self.plan.reducer(mixed, mixed_weights)
+        norm = self._length(direction)
+        cosines = _cosines(cohort, direction, norm)
+        return _Outcome(
+            direction,
+            norm,
+            dict(zip(kept, shares.tolist(), strict=True)),
+            dict(zip(kept, cosines, strict=True)),
+            refused,
+        )
+
+    def _length(self, row: Tensor) -> float:
+        return math.sqrt(float(distance.sq_norms(row[None, self.layout.params])[0]))
+
+    def _screen(self, cohort: Cohort) -> tuple[list[int], dict[int, Refusal]]:
+        refused: dict[int, Refusal] = {}
+        for rule in self.plan.screens:
+            for row, (reason, score) in rule(cohort, self.state).items():
+                refused.setdefault(row, Refusal("screen", rule.name, reason, score))
+        kept = [row for row in range(len(cohort)) if row not in refused]
+        if not kept:
+            raise CohortError("no update was left after screening")
+        return kept, refused
+
+    def _cohort(self, U: Tensor, admitted: Sequence[_Admitted]) -> Cohort:
+        claims = [a.update.claims for a in admitted]
+        return Cohort(
+            U,
+            tuple(c.client for c in claims),
+            _float64(c.num_examples for c in claims),
+            _float64(a.staleness for a in admitted),
+            _float64(c.steps for c in claims),
+            _float64(a.update.norm for a in admitted),
+            self.layout.params,
+            tuple(c.metrics for c in claims),
+        )
+
+    def _take(self, cohort: Cohort, kept: list[int]) -> Cohort:
+        for to, row in enumerate(kept):  # ascending, so nothing needed is overwritten; no second matrix
+            if to != row:
+                cohort.U[to] = cohort.U[row]
+        return self._cohort(cohort.U[: len(kept)], [self._admitted[row] for row in kept])
+
+    def _step(self, direction: Tensor) -> None:
+        """Move the model: the optimiser on parameters, buffers by plain addition."""
+        params, state = self.layout.params, self.state
+        theta, opt = self.plan.optimiser(state.theta[params], direction[params], state.opt)
+        if params.stop < direction.numel():
+            theta = torch.cat([theta, state.theta[params.stop :] + direction[params.stop :]])
+        if not bool(torch.isfinite(theta).all()):
+            raise CohortError("the aggregate is not finite")
+        self.state = state.replace(theta=theta, opt=opt, version=state.version + 1)
+
+    def _rows(self, outcome: _Outcome, skip: str | None) -> tuple[ClientRow, ...]:
+        rows = []
+        for i, admitted in enumerate(self._admitted):
+            row = _described(admitted.update)
+            weight = 0.0 if skip else outcome.weights.get(i, 0.0)
+            rows.append(
+                replace(
+                    row,
+                    refusal=outcome.refused.get(i),
+                    weight=weight,
+                    cosine=outcome.cosines.get(i),
+                    staleness=admitted.staleness,
+                )
+            )
+        for client, (count, size) in self._messages.items():
+            if count > MESSAGES_KEPT:
+                flood = Refusal("check", "flood", f"{count - MESSAGES_KEPT} more refused messages")
+                self._refused.append(ClientRow(client, flood, bytes_up=size))
+        return (*rows, *self._refused)
+
+    def _next_buffer(self) -> None:
+        for admitted in self._admitted:
+            self._last_payload[admitted.update.claims.client] = admitted.update.payload_digest.hex()
+        self.state = self.state.replace(round=self.state.round + 1)
+        self._admitted.clear()
+        self._refused.clear()
+        self._messages.clear()
+        self._answered.clear()
+        self._store.clear()
+        self._sum.clear()
+
+
+def _described(update: Update) -> ClientRow:
+    claims = update.claims
+    return ClientRow(
+        claims.client,
+        None,
+        norm=update.norm if update.delta is not None and math.isfinite(update.norm) else None,
+        num_examples=claims.num_examples,
+        steps=claims.steps,
+        bytes_up=update.bytes_up,
+        metrics=claims.metrics,
+    )
+
+
+def _first_refusal(checks: Sequence[Rule], update: Update, door: Door) -> Refusal | None:
+    for check in checks:
+        try:
+            reason = check(update, door)
+        except Exception as error:  # a user's rule that fails must neither stop the round nor let anything in
+            reason = f"the check raised {type(error).__name__}: {error}"
+        if reason is not None:
+            return Refusal("check", check.name, reason, update.norm if check.name == "norm_bound" else None)
+    return None
+
+
+def _sum_of(weights: Tensor) -> float:
+    total = float(weights.sum())
+    if not (math.isfinite(total) and total > 0):
+        raise CohortError(f"the weights of {len(weights)} updates sum to {total:g}")
+    return total
+
+
+def _float64(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
+
+
+def _cosines(cohort: Cohort, direction: Tensor, norm: float) -> list[float]:
+    along = (cohort.U[:, cohort.params] @ direction[cohort.params]).double()
+    lengths = cohort.norm * norm
+    return torch.where(lengths > 0, along / lengths.clamp_min(1e-300), 0.0).clamp(-1, 1).tolist()

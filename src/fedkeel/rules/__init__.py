@@ -1,0 +1,1 @@
+"""Pure maths, one file per kind of rule. Siblings never import each other."""

@@ -1,0 +1,29 @@
+"""Stopping rules: `(num_examples, batch_size, losses) -> steps wanted in all`.
+
+`losses` are the losses of the steps so far. A rule with the trait `static` does not look at them and is asked once,
+before the first step; any other is asked again at the end of every epoch, and the client goes on while it wants more
+steps than were done. A last partial batch counts as a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from annotated_types import Ge
+
+from fedkeel.core.registry import rule
+
+
+@rule("stopping", name="epochs", traits=("static",))
+def whole_epochs(
+    num_examples: int, batch_size: int, losses: Sequence[float], *, epochs: Annotated[int, Ge(1)] = 1
+) -> int:
+    """So many passes over the client's examples: clients with more data do more steps (FedAvg's E)."""
+    return epochs * -(-num_examples // batch_size)
+
+
+@rule("stopping", name="steps", traits=("static",))
+def fixed_steps(num_examples: int, batch_size: int, losses: Sequence[float], *, steps: Annotated[int, Ge(1)]) -> int:
+    """So many steps for every client, whatever its data; a client with fewer batches starts over, reshuffled."""
+    return steps

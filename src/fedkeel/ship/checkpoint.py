@@ -1,0 +1,123 @@
+"""Checkpoints: everything a federation needs to go on, in one safetensors file per round."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from torch import Tensor
+
+from fedkeel.core.errors import InputError, RunError
+from fedkeel.core.types import ClientMemory, ServerState
+from fedkeel.ship import files, tensors
+from fedkeel.ship.tensors import fingerprint
+
+__all__ = ["fingerprint", "latest", "load", "prune", "save"]
+
+_NAME = re.compile(r"round-(\d{6,})\.safetensors")
+_FORMAT = 1
+_log = logging.getLogger("fedkeel")
+
+
+def save(
+    directory: Path,
+    state: ServerState,
+    memory: ClientMemory,
+    extra: Mapping[str, Any],
+    *,
+    layout_digest: str | None = None,
+) -> Path:
+    """Write `directory/round-000010.safetensors` atomically and return its path.
+
+    It holds theta, opt/*, control/*, memory/<client>/<name> as tensors; version, round, trust, privacy, the layout's
+    digest and `extra` as JSON. A kill at any moment, a full disk or a missing directory (`RunError`) leaves the
+    checkpoints before it whole.
+    """
+    content: dict[str, Tensor] = {"theta": state.theta}
+    content |= {f"opt/{name}": value for name, value in state.opt.items()}
+    content |= {f"control/{name}": value for name, value in state.control.items()}
+    for client, name, value in memory.items():
+        content[f"memory/{quote(client, safe='')}/{name}"] = value
+    info = {
+        "format": _FORMAT,
+        "version": state.version,
+        "round": state.round,
+        "next_task": state.next_task,
+        "trust": dict(state.trust),
+        "privacy": dict(state.privacy),
+        "layout": layout_digest,
+        "extra": dict(extra),
+    }
+    path = directory / f"round-{state.round:06d}.safetensors"
+    try:
+        tensors.write(path, content, info)
+    except RunError as error:
+        kept = _rounds(directory)
+        rest = f"the last checkpoint is of round {max(kept)}" if kept else "there is no checkpoint yet"
+        raise RunError(f"{error}; {rest}") from error.__cause__
+    return path
+
+
+def load(path: Path, *, layout_digest: str | None = None) -> tuple[ServerState, ClientMemory, dict[str, Any]]:
+    """The state, the clients' memory and `extra` of a checkpoint.
+
+    Raises `InputError` for a file that is corrupt, of another format, or of another model than `layout_digest`.
+    """
+    content, info = tensors.read(path)
+    if info.get("format") != _FORMAT:
+        raise InputError(f"{path} is no checkpoint of format {_FORMAT}: choose one that this version of fedkeel wrote")
+    if layout_digest is not None and info["layout"] is not None and info["layout"] != layout_digest:
+        raise InputError(f"{path} holds a model of another layout: resume with the model that the run began with")
+    groups: dict[str, dict[str, Tensor]] = {"opt": {}, "control": {}}
+    held: dict[str, dict[str, Tensor]] = {}
+    for key, value in content.items():
+        group, _, name = key.partition("/")
+        if group in groups:
+            groups[group][name] = value
+        elif group == "memory":
+            client, _, name = name.partition("/")
+            held.setdefault(unquote(client), {})[name] = value
+    memory = ClientMemory()
+    for client, values in held.items():
+        memory.keep(client, values)
+    state = ServerState(
+        content["theta"],
+        version=info["version"],
+        round=info["round"],
+        next_task=info["next_task"],
+        opt=groups["opt"],
+        control=groups["control"],
+        trust=info["trust"],
+        privacy=info["privacy"],
+    )
+    return state, memory, info["extra"]
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest checkpoint that is whole, or None. One that cannot be read is passed over, with a logged warning."""
+    for _, path in sorted(_rounds(directory).items(), reverse=True):
+        try:
+            tensors.read(path)
+        except InputError as error:
+            _log.warning("%s; the checkpoint before it is used", error)
+        else:
+            return path
+    return None
+
+
+def prune(directory: Path, keep: int = 2) -> None:
+    """Delete all but the newest `keep` checkpoints, and what a killed process left half-written."""
+    for _, path in sorted(_rounds(directory).items(), reverse=True)[keep:]:
+        path.unlink(missing_ok=True)
+    for path in directory.glob(f"*{files.TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def _rounds(directory: Path) -> dict[int, Path]:
+    if not directory.is_dir():
+        return {}
+    return {int(found[1]): path for path in directory.iterdir() if (found := _NAME.fullmatch(path.name))}

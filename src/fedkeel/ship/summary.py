@@ -1,0 +1,326 @@
+"""What a run's record says, in figures small enough to show: SQLite aggregates, whatever the size of the federation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedkeel.ship.ledger import Ledger, Row
+from fedkeel.ship.rundir import RunDir
+
+POINTS = 300  # the most points of a curve, and dots of one sort
+CLIENTS = 25  # the most lines of a table of clients
+CELLS = 150  # the most cells of a picture along one side
+LINES = 40  # the most lines of the table of rounds
+
+# An update that never came to be judged is lost, not refused: nobody is accused.
+_VERDICT = (
+    "CASE WHEN stage IS NULL THEN 'admitted' WHEN stage IN ('train', 'transport', 'late') THEN 'lost' "
+    "ELSE 'refused' END"
+)
+
+
+class Point(NamedTuple):
+    """A figure with its interval, at a round. None: it was no number, or has no interval."""
+
+    round: int
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Updates by what the simulator knew (hostile or not) and by verdict. Unknown truth counts as honest."""
+
+    truth: bool = False
+    hostile_clients: int = 0
+    clients: int = 0
+    honest_admitted: int = 0
+    honest_refused: int = 0
+    hostile_admitted: int = 0
+    hostile_refused: int = 0
+    lost: int = 0
+
+    @property
+    def hostile(self) -> int:
+        return self.hostile_admitted + self.hostile_refused
+
+    @property
+    def honest(self) -> int:
+        return self.honest_admitted + self.honest_refused
+
+    @property
+    def refused(self) -> int:
+        return self.honest_refused + self.hostile_refused
+
+    @property
+    def precision(self) -> float | None:
+        """Of the refused updates, the share that was hostile."""
+        return self.hostile_refused / self.refused if self.truth and self.refused else None
+
+    @property
+    def recall(self) -> float | None:
+        """Of the hostile updates, the share that was refused."""
+        return self.hostile_refused / self.hostile if self.truth and self.hostile else None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Client x round, both binned: mean share of the weight, and the share of updates refused; NaN where none came.
+
+    `hostile` of the first rows are hostile clients.
+    """
+
+    weight: list[list[float]]
+    refused: list[list[float]]
+    first: int
+    last: int
+    hostile: int
+    clients: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's figures, ready to be shown."""
+
+    label: str
+    path: Path
+    job: str
+    meta: dict[str, Any]
+    rounds: int
+    skipped: list[Row]
+    series: dict[str, list[Point]]
+    counts: Counts
+    verdicts: list[Row]  # per bin of rounds: round, honest_admitted, honest_refused, hostile_admitted, hostile_refused
+    refusals: list[Row]  # stage, rule, updates, hostile, clients, reason
+    accused: list[Row]  # the clients refused most
+    dots: dict[str, list[tuple[int, float]]]  # sort of update -> (round, norm)
+    without_norm: int
+    grid: Grid | None
+    traffic: list[Row]
+    bytes_up: int
+    bytes_down: int
+    seconds: dict[str, list[float]]  # part -> per bin of rounds
+    epsilon: float | None
+    table: list[Row] = field(default_factory=list)
+
+    @property
+    def main(self) -> str | None:
+        """The metric that tells how good the model is: accuracy if there is one."""
+        return next((name for name in ("accuracy", *self.series) if name in self.series), None)
+
+    @property
+    def final(self) -> Point | None:
+        return self.series[self.main][-1] if self.main else None
+
+
+def load(path: Path | str, label: str | None = None) -> Run:
+    """Read a run directory. Raises `InputError` when there is none, or its ledger is not whole."""
+    run = RunDir(path)
+    with run.ledger(readonly=True) as ledger:
+        meta = ledger.meta
+        counts = _counts(ledger)
+        span = ledger.query(
+            "SELECT count(*) AS n, min(round) AS first, max(round) AS last, total(bytes_up) AS up, "
+            "total(bytes_down) AS down, max(epsilon) AS epsilon FROM rounds"
+        )[0]
+        first, last = span["first"] or 0, span["last"] or 0
+        series = _series(ledger)
+        step = max(1, math.ceil((last - first + 1) / POINTS))
+        return Run(
+            label=label or str(meta.get("name") or run.path.resolve().name),
+            path=run.path.resolve(),
+            job=run.job.read_text("utf-8", errors="replace"),
+            meta=meta,
+            rounds=span["n"],
+            skipped=ledger.query(
+                "SELECT skipped AS reason, count(*) AS rounds, min(round) AS first FROM rounds "
+                "WHERE skipped IS NOT NULL GROUP BY skipped ORDER BY rounds DESC LIMIT 10"
+            ),
+            series=series,
+            counts=counts,
+            verdicts=_verdicts(ledger, first, step),
+            refusals=_refusals(ledger),
+            accused=_accused(ledger),
+            dots=_dots(ledger, counts),
+            without_norm=ledger.query("SELECT count(*) AS n FROM updates WHERE norm IS NULL OR norm > 1e300")[0]["n"],
+            grid=_grid(ledger, first, last),
+            traffic=ledger.query(
+                "SELECT min(round) AS round, avg(bytes_up) AS up, avg(bytes_down) AS down FROM rounds "
+                "GROUP BY (round - ?) / ? ORDER BY 1",
+                first,
+                step,
+            ),
+            bytes_up=int(span["up"]),
+            bytes_down=int(span["down"]),
+            seconds=_seconds(ledger, first, step),
+            epsilon=span["epsilon"],
+            table=_table(ledger, series),
+        )
+
+
+def _series(ledger: Ledger) -> dict[str, list[Point]]:
+    """Every metric of the global model, accuracy and loss first, the first and last point always kept."""
+    found: dict[str, list[Point]] = {}
+    for row in ledger.metrics():
+        found.setdefault(row["name"], []).append(Point(row["round"], row["value"], row["low"], row["high"]))
+    order = {"accuracy": 0, "loss": 1}
+    return {name: thin(found[name], POINTS) for name in sorted(found, key=lambda n: (order.get(n, 2), n))}
+
+
+def thin(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _counts(ledger: Ledger) -> Counts:
+    rows = ledger.query(f"SELECT hostile, {_VERDICT} AS verdict, count(*) AS n FROM updates GROUP BY 1, 2")
+    number = {(bool(row["hostile"]), row["verdict"]): 0 for row in rows}
+    for row in rows:
+        number[bool(row["hostile"]), row["verdict"]] += row["n"]
+    who = ledger.query(
+        "SELECT count(DISTINCT client) AS clients, count(DISTINCT CASE WHEN hostile = 1 THEN client END) AS hostile, "
+        "max(hostile) IS NOT NULL AS truth FROM updates"
+    )[0]
+    return Counts(
+        truth=bool(who["truth"]),
+        hostile_clients=who["hostile"],
+        clients=who["clients"],
+        honest_admitted=number.get((False, "admitted"), 0),
+        honest_refused=number.get((False, "refused"), 0),
+        hostile_admitted=number.get((True, "admitted"), 0),
+        hostile_refused=number.get((True, "refused"), 0),
+        lost=number.get((False, "lost"), 0) + number.get((True, "lost"), 0),
+    )
+
+
+def _verdicts(ledger: Ledger, first: int, step: int) -> list[Row]:
+    """Mean updates per round of each sort, per bin of rounds."""
+    sorts = ", ".join(
+        f"1.0 * sum(h = {h} AND v = '{verdict}') / count(DISTINCT round) AS {truth}_{verdict}"
+        for h, truth in enumerate(("honest", "hostile"))
+        for verdict in ("admitted", "refused")
+    )
+    judged = f"SELECT round, ifnull(hostile, 0) AS h, {_VERDICT} AS v FROM updates"
+    return ledger.query(
+        f"SELECT min(round) AS round, {sorts} FROM ({judged}) GROUP BY (round - ?) / ? ORDER BY 1",
+        first,
+        step,
+    )
+
+
+def _refusals(ledger: Ledger) -> list[Row]:
+    return ledger.query(
+        "SELECT stage, rule, count(*) AS updates, total(hostile) AS hostile, count(DISTINCT client) AS clients, "
+        "reason FROM updates WHERE stage IS NOT NULL GROUP BY stage, rule ORDER BY updates DESC LIMIT 50"
+    )
+
+
+def _accused(ledger: Ledger) -> list[Row]:
+    """The clients refused most; where none was refused, those of the most weight."""
+    rows = ledger.query(
+        f"SELECT client, max(hostile) AS hostile, count(*) AS updates, total({_VERDICT} = 'refused') AS refused, "
+        f"total({_VERDICT} = 'lost') AS lost, avg(weight) AS weight, avg(CASE WHEN norm < 1e300 THEN norm END) AS norm "
+        "FROM updates GROUP BY client ORDER BY refused DESC, weight DESC, client LIMIT ?",
+        CLIENTS,
+    )
+    for row in rows:
+        last = ledger.query(
+            "SELECT rule, reason FROM updates WHERE client = ? AND stage IS NOT NULL ORDER BY round DESC LIMIT 1",
+            row["client"],
+        )
+        row["reason"] = f"{last[0]['rule']}: {last[0]['reason']}" if last else ""
+    return rows
+
+
+def _dots(ledger: Ledger, counts: Counts) -> dict[str, list[tuple[int, float]]]:
+    """Norms of at most `POINTS` updates of each sort, picked by a hash of their place in the ledger."""
+    result = {}
+    for sort in ("honest_admitted", "honest_refused", "hostile_admitted", "hostile_refused"):
+        truth, verdict = sort.split("_")
+        stride = max(1, math.ceil(getattr(counts, sort) / POINTS))
+        rows = ledger.query(
+            "SELECT round, norm FROM updates WHERE norm > 0 AND norm < 1e300 AND ifnull(hostile, 0) = ? "
+            f"AND {_VERDICT} = ? AND (rowid * 7919 % 1000003) % ? = 0 ORDER BY rowid LIMIT ?",
+            int(truth == "hostile"),
+            verdict,
+            stride,
+            2 * POINTS,
+        )
+        if rows:
+            result[sort] = [(row["round"], row["norm"]) for row in rows]
+    return result
+
+
+def _grid(ledger: Ledger, first: int, last: int) -> Grid | None:
+    clients = ledger.query("SELECT client, max(ifnull(hostile, 0)) AS hostile FROM updates GROUP BY client")
+    if not clients:
+        return None
+    clients.sort(key=lambda row: (-row["hostile"], natural(row["client"])))
+    width = max(1, math.ceil((last - first + 1) / CELLS))
+    height = max(1, math.ceil(len(clients) / CELLS))
+    place = {row["client"]: i // height for i, row in enumerate(clients)}
+    shape = (max(place.values()) + 1, (last - first) // width + 1)
+    weight, refused, number = ([[0.0] * shape[1] for _ in range(shape[0])] for _ in range(3))
+    for row in ledger.query(
+        "SELECT client, (round - ?) / ? AS bin, total(weight) AS weight, count(*) AS n, "
+        f"total({_VERDICT} = 'refused') AS refused FROM updates GROUP BY 1, 2",
+        first,
+        width,
+    ):
+        i, j = place[row["client"]], row["bin"]
+        weight[i][j] += row["weight"]
+        refused[i][j] += row["refused"]
+        number[i][j] += row["n"]
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            share = 1 / number[i][j] if number[i][j] else math.nan
+            weight[i][j] *= share
+            refused[i][j] *= share
+    hostile = sum(row["hostile"] for row in clients)
+    return Grid(weight, refused, first, last, math.ceil(hostile / height), len(clients))
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which 'client 2' comes before 'client 10'."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d{1,18})", name) if part]
+
+
+def _seconds(ledger: Ledger, first: int, step: int) -> dict[str, list[float]]:
+    """Part of a round -> its mean seconds per bin of rounds, the costliest part first."""
+    rows = ledger.query(
+        "SELECT (round - ?) / ? AS bin, part.key AS part, avg(part.value) AS s FROM rounds, json_each(rounds.seconds) "
+        "AS part GROUP BY 1, 2 ORDER BY 1",
+        first,
+        step,
+    )
+    bins = sorted({row["bin"] for row in rows})
+    place = {number: i for i, number in enumerate(bins)}
+    parts: dict[str, list[float]] = {}
+    for row in rows:
+        parts.setdefault(row["part"], [0.0] * len(bins))[place[row["bin"]]] = row["s"] or 0.0
+    return dict(sorted(parts.items(), key=lambda item: -sum(item[1])))
+
+
+def _table(ledger: Ledger, series: dict[str, list[Point]]) -> list[Row]:
+    """Some rounds in figures, for those who read figures: the rounds that were evaluated, evenly spread."""
+    values = {name: {p.round: p for p in points} for name, points in series.items()}
+    numbers = sorted({p.round for points in series.values() for p in points})
+    rows = []
+    for number in thin(numbers, LINES):
+        row: Row = {"round": number, "metrics": {name: points.get(number) for name, points in values.items()}}
+        sums = ledger.query(
+            f"SELECT total({_VERDICT} = 'admitted') AS admitted, total({_VERDICT} = 'refused') AS refused, "
+            f"total({_VERDICT} = 'lost') AS lost FROM updates WHERE round = ?",
+            number,
+        )
+        line = ledger.query("SELECT update_norm, bytes_up, bytes_down, skipped FROM rounds WHERE round = ?", number)
+        rows.append(row | sums[0] | (line[0] if line else {}))
+    return rows

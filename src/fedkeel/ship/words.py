@@ -1,0 +1,79 @@
+"""Figures and verdicts in words that a reader wants."""
+
+from __future__ import annotations
+
+import math
+
+from fedkeel.ship.summary import Counts, Point, Run
+
+
+def number(value: float | None, percent: bool = False) -> str:
+    """`93.9%`, or four significant digits."""
+    if value is None or not math.isfinite(value):
+        return "no number"
+    return f"{100 * value:.1f}%" if percent else f"{value:.4g}"
+
+
+def figure_of(point: Point, percent: bool) -> str:
+    """`93.9% (92.6 to 95.1%)`."""
+    return number(point.value, percent) + (f" ({interval(point, percent)})" if interval(point, percent) else "")
+
+
+def interval(point: Point, percent: bool) -> str:
+    """`92.6 to 95.1%`, or nothing where there is none."""
+    if point.low is None or point.high is None:
+        return ""
+    return f"{number(point.low, percent).rstrip('%')} to {number(point.high, percent)}"
+
+
+def size(value: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def count(number: float, noun: str) -> str:
+    """`1 client`, `1,200 clients`."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+
+
+def short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def is_share(name: str) -> bool:
+    """Accuracies are shares of 1 and read as per cent."""
+    return name.endswith("accuracy")
+
+
+def ending(run: Run) -> str:
+    """Where the run's model stands: `accuracy 93.9% (92.6 to 95.1%) after 30 rounds`."""
+    rounds = count(run.rounds, "round")
+    if run.main is None or run.final is None:
+        return f"no evaluation after {rounds}"
+    return f"{run.main.replace('_', ' ')} {figure_of(run.final, is_share(run.main))} after {rounds}"
+
+
+def verdict(counts: Counts) -> str:
+    """Who was refused, in one or two sentences."""
+    judged = counts.honest + counts.hostile
+    if not judged:
+        return "No update was judged."
+    if not counts.hostile:
+        known = "No client was hostile: " if counts.truth else ""
+        if not counts.refused:
+            return f"{known}all {count(judged, 'update')} were admitted."
+        return f"{known}{counts.refused:,} of {count(judged, 'update')} were refused."
+    who = count(counts.hostile_clients, "hostile client")
+    fate = f"{counts.hostile_refused:,} refused, {counts.hostile_admitted:,} admitted"
+    if not counts.hostile_refused:
+        fate = "every one was admitted"
+    elif not counts.hostile_admitted:
+        fate = "every one was refused"
+    said = f"{who} sent {count(counts.hostile, 'update')}: {fate}."
+    if counts.honest_refused:
+        said += f" {counts.honest_refused:,} of {count(counts.honest, 'honest update')} were refused with them."
+    return said

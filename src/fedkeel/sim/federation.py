@@ -1,0 +1,177 @@
+"""A job made real: the data with its clients, the model with its layout, the plan, the local work, the hostile ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedkeel.config import Job
+from fedkeel.core.errors import InputError
+from fedkeel.core.keys import Key
+from fedkeel.core.layout import Layout
+from fedkeel.core.types import ClientMemory
+from fedkeel.round.plan import Plan
+from fedkeel.sim.hostile import Adversary
+from fedkeel.sim.models import build_model
+from fedkeel.sim.pool import Pool, clients
+from fedkeel.train import LocalWork, Trainer, evaluate, make_trainer
+from fedkeel.train.contract import ClientData
+
+Z95 = 1.959963984540054
+Value = float | tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything a simulation needs but its state.
+
+    `data` is what the clients train on (its labels already flipped where the attack is on data), `holdout` what each
+    keeps to test its own model.
+    """
+
+    job: Job
+    key: Key
+    pool: Pool
+    data: ClientData
+    holdout: ClientData | None
+    names: tuple[str, ...]
+    module: nn.Module
+    layout: Layout
+    plan: Plan
+    work: LocalWork
+    adversary: Adversary
+
+    @classmethod
+    def of(cls, job: Job) -> Federation:
+        """Build and check everything, or raise `InputError`; nothing is trained or written."""
+        plan, work, key = build_plan(job), build_work(job), Key.root(job.seed)
+        pool: Pool = job.rule("data.source", "source")(key.fold("source"))
+        split = job.rule("data.partition", "partition")(pool, job.data.clients, key.fold("partition"))
+        data, holdout = clients(pool, split, key.fold("clients"), holdout=job.data.holdout)
+        module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
+        layout = Layout.of(module, job.model.private)
+        if layout.width > layout.columns and holdout is None:
+            raise InputError(
+                "model.private keeps layers on the clients, so each client's own model must be tested: "
+                "set data.holdout, as 0.2"
+            )
+        attack = job.rule("attack.rule", "attack") if job.attack.rule is not None else None
+        adversary = Adversary.among(split.names, job.attack.clients, attack, key.fold("attack"))
+        data = adversary.poison(data, split.names, pool.classes)
+        return cls(job, key, pool, data, holdout, split.names, module, layout, plan, work, adversary)
+
+    def trainer(self, backend: str | None = None) -> Trainer:
+        train = self.job.train
+        return make_trainer(
+            backend or train.backend,
+            self.module,
+            self.layout,
+            self.data,
+            self.work,
+            device=train.device,
+            workers=train.workers,
+        )
+
+    def theta(self) -> Tensor:
+        """The first model (P,)."""
+        return self.layout.flatten(self.module)[self.layout.shared].clone()
+
+    def private(self) -> Tensor | None:
+        """The first private columns of every client (W - P,), or None where all columns are shared."""
+        if self.layout.width == self.layout.columns:
+            return None
+        return join_private(self.layout.flatten(self.module), self.layout)
+
+    def evaluate(self, theta: Tensor, memory: ClientMemory) -> tuple[dict[str, Value], int]:
+        """The model's metrics with 95% intervals, and on how many examples.
+
+        With private columns: the mean over clients of each one's own model on its own holdout.
+        """
+        start = self.private()
+        if start is None:
+            found = self._measure(theta, self.pool.test_x, self.pool.test_y)
+            examples = int(found["examples"])
+            return _with_intervals(found, examples), examples
+        assert self.holdout is not None
+        per_client = []
+        for index, name in enumerate(self.names):
+            first, last = self.holdout.range(index)
+            own = memory.of(name).get("private", start)
+            vector = split_private(theta, own, self.layout)
+            per_client.append(self._measure(vector, self.holdout.x[first:last], self.holdout.y[first:last]))
+        values: dict[str, Value] = {
+            metric: _mean_interval([float(found[metric]) for found in per_client])
+            for metric in ("loss", "accuracy")
+            if metric in per_client[0]
+        }
+        return values, len(self.holdout.x)
+
+    def _measure(self, vector: Tensor, x: Tensor, y: Tensor) -> dict[str, float]:
+        found = evaluate(self.module, self.layout, vector, x, y, self.pool.prepare, self.work.loss)
+        return {k: v for k, v in found.items() if v is not None}
+
+
+def build_plan(job: Job) -> Plan:
+    """The plan of a job, its rules built and checked against the cohort."""
+    return Plan(
+        select=job.rule("select.rule", "selector"),
+        schedule=job.rule("schedule.rule", "scheduler"),
+        codec=job.rule("client.codec", "codec"),
+        reducer=job.rule("aggregate.reduce", "reducer"),
+        optimiser=job.rule("server.optimiser", "server_optimiser"),
+        cohort=job.cohort,
+        transforms=job.rules("client.transforms", "row_transform"),
+        checks=job.rules("aggregate.checks", "check"),
+        screens=job.rules("aggregate.screens", "screen"),
+        weighers=job.rules("aggregate.weigh", "weigher"),
+        mixers=job.rules("aggregate.mix", "mixer"),
+        zstd=job.client.zstd,
+        max_staleness=job.aggregate.max_staleness,
+    )
+
+
+def build_work(job: Job) -> LocalWork:
+    return LocalWork(
+        batch_size=job.train.batch_size,
+        lr=job.train.lr,
+        stopping=job.rule("train.stopping", "stopping"),
+        loss=job.rule("model.loss", "loss"),
+        corrections=job.rules("train.corrections", "correction"),
+    )
+
+
+def split_private(theta: Tensor, private: Tensor, layout: Layout) -> Tensor:
+    """The full vector (W,) of shared (P,) and private (W - P,) columns."""
+    first = layout.shared.start
+    return torch.cat([private[:first], theta, private[first:]])
+
+
+def join_private(full: Tensor, layout: Layout) -> Tensor:
+    """The private columns (W - P,) of a full vector (W,): trainable ones, then buffers."""
+    return torch.cat([full[: layout.shared.start], full[layout.shared.stop :]])
+
+
+def _with_intervals(found: dict[str, float], examples: int) -> dict[str, Value]:
+    values: dict[str, Value] = {"loss": found["loss"]}
+    if "accuracy" in found:
+        values["accuracy"] = (found["accuracy"], *wilson(found["accuracy"], examples))
+    return values
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share seen in `count` draws (Wilson 1927)."""
+    z2 = Z95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _mean_interval(values: list[float]) -> tuple[float, float, float]:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, mean, mean
+    half = Z95 * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return mean, mean - half, mean + half

@@ -1,0 +1,147 @@
+"""One client's local work, whatever the backend of its step: epochs, batches, stopping, what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedkeel.core.keys import Key
+from fedkeel.core.layout import Layout
+from fedkeel.core.registry import Rule
+from fedkeel.train.contract import ClientData, LocalWork, Task
+
+CHUNK_BYTES = 1 << 20  # of prepared inputs: gathered at once they save calls, and stay in the cache until used
+
+
+class Step(Protocol):
+    """One SGD step of a local model that lives in `vector` (W,), float32, at a fixed address."""
+
+    vector: Tensor
+
+    @staticmethod
+    def mode() -> AbstractContextManager[None]:
+        """The autograd mode that it runs in."""
+
+    def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
+        """A client starts from `vector`; c_i and c of each correction are (T,), or None."""
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Prepared inputs in the memory format that the step wants."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Step on a batch; the loss of each example before it, (B,)."""
+
+
+class Outcome(NamedTuple):
+    """What a client's training came to, beside the vector. The loss is the mean over the steps."""
+
+    steps: int
+    loss: float
+    failure: str | None
+
+
+@contextmanager
+def seeded(key: Key) -> Iterator[None]:
+    """Modules draw (dropout) from torch's global generator: give them this key's stream, and leave no trace."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(key.value & 0x7FFF_FFFF_FFFF_FFFF)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One intra-op thread: the result must not depend on how many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def epoch_order(key: Key, epoch: int, num_examples: int) -> Tensor:
+    """The order of a client's examples in an epoch, (n,) int64."""
+    return torch.randperm(num_examples, generator=key.fold("batches", epoch).torch())
+
+
+def on_trainable(
+    vectors: Mapping[str, Tensor], rules: Sequence[Rule], trait: str, layout: Layout
+) -> list[Tensor | None]:
+    """Per correction, its vector (P,) spread over the trainable columns (T,), zero where unknown or not shared."""
+    found: list[Tensor | None] = []
+    for rule in rules:
+        if trait not in rule.definition.traits:
+            found.append(None)
+            continue
+        spread = torch.zeros(layout.trainable.stop)
+        if rule.name in vectors:
+            spread[layout.shared.start :] = vectors[rule.name][layout.params]
+        found.append(spread)
+    return found
+
+
+class Client:
+    """Trains one client after another in this thread. Not reentrant: all of them share the step's vector."""
+
+    def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, step: Step) -> None:
+        self.layout, self.data, self.work, self.step = layout, data, work, step
+        self.initial = layout.flatten(module)
+
+    def train(self, theta: Tensor, task: Task, control: Mapping[str, Tensor]) -> Outcome:
+        """Leave the trained model in `step.vector`; `theta` (P,) and the task are not changed."""
+        shared, work = self.layout.shared, self.work
+        with self.step.mode():
+            vector = self.step.vector.copy_(self.initial)
+            vector[shared] = theta
+            if task.private is not None:
+                vector[: shared.start] = task.private[: shared.start]
+                vector[shared.stop :] = task.private[shared.start :]
+            self.step.begin(
+                on_trainable(task.memory, work.corrections, "memory", self.layout),
+                on_trainable(control, work.corrections, "control", self.layout),
+            )
+            with seeded(task.key.fold("model")):
+                return self._epochs(task)
+
+    def _epochs(self, task: Task) -> Outcome:
+        count, work = self.data.count(task.client), self.work
+        losses: list[float] = []
+        wanted = work.stopping(count, work.batch_size, losses)
+        epoch = 0
+        while len(losses) < wanted and count:
+            order = epoch_order(task.key, epoch, count)[: (wanted - len(losses)) * work.batch_size]
+            new = self._steps(order + self.data.range(task.client)[0])
+            for number, loss in enumerate(new, len(losses) + 1):
+                if not math.isfinite(loss):
+                    became = "NaN" if math.isnan(loss) else "infinite"
+                    return Outcome(number, loss, f"loss became {became} at step {number}")
+            losses += new
+            epoch += 1
+            if "static" not in work.stopping.definition.traits:
+                wanted = work.stopping(count, work.batch_size, losses)
+        mean = math.fsum(losses) / len(losses) if losses else math.nan
+        return Outcome(len(losses), mean, None if count else "the client has no examples")
+
+    def _steps(self, rows: Tensor) -> list[float]:
+        """Step through these rows of the data, batch by batch; the loss of each step."""
+        data, size, step = self.data, self.work.batch_size, self.step
+        per_batch = 4 * size * max(1, data.x[0].numel())
+        chunk = size * max(1, CHUNK_BYTES // per_batch)
+        each: list[Tensor] = []
+        for part in rows.split(chunk):
+            x = step.arrange(data.prepare(data.x.index_select(0, part)))
+            y = data.y.index_select(0, part)
+            each += map(step, x.split(size), y.split(size))
+        full = len(rows) // size
+        flat = torch.cat(each)
+        means = flat[: full * size].view(full, size).mean(1).tolist()
+        return means + ([float(flat[full * size :].mean())] if len(rows) % size else [])

@@ -1,0 +1,123 @@
+"""The contract of local training: tasks in, rows out. Every backend keeps it; the plain loop is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedkeel.core.keys import Key
+from fedkeel.core.registry import Rule
+
+Prepare = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Stored inputs to model inputs: `(x.float() - shift) * factor`, per batch, so images stay uint8 until then."""
+
+    shift: float = 0.0
+    factor: float = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(torch.float32)
+        return x if (self.shift, self.factor) == (0.0, 1.0) else (x - self.shift) * self.factor
+
+
+def tokens(x: Tensor) -> Tensor:
+    """Stored inputs to model inputs, for symbols: int64."""
+    return x.to(torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientData:
+    """All clients' training examples, once, in contiguous tensors: client i owns rows offsets[i]:offsets[i + 1].
+
+    x (N, ...) of any dtype, y (N, ...); `prepare` turns rows of x into the model's input, each row by itself: backends
+    call it on several batches at once.
+    """
+
+    x: Tensor
+    y: Tensor
+    offsets: Tensor
+    prepare: Prepare = field(default_factory=Scale)
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    def range(self, client: int) -> tuple[int, int]:
+        return int(self.offsets[client]), int(self.offsets[client + 1])
+
+    def count(self, client: int) -> int:
+        start, stop = self.range(client)
+        return stop - start
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWork:
+    """What every selected client does: plain SGD, `w -= lr * g`, on batches drawn without replacement per epoch.
+
+    `corrections` change the gradient of the trainable columns before the step, in order. `stopping` says how many
+    steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example; a
+    batch's loss is their mean.
+    """
+
+    batch_size: int
+    lr: float
+    stopping: Rule
+    loss: Rule
+    corrections: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One client's local work in one round.
+
+    `client` indexes `ClientData`. `key` is the client's key of this round: epoch e is shuffled by
+    `torch.randperm(n, generator=key.fold("batches", e).torch())`; what the model draws comes from `key.fold("model")`.
+    `private` are its private columns [trainable | buffers], (W - P,), by default the module's own; `memory` is what its
+    corrections keep, (P,) each under the correction's name, zero where there is none.
+    """
+
+    client: int
+    key: Key
+    private: Tensor | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a task. `delta` (P,) = local minus global shared columns, valid until the next one is asked for.
+
+    `loss` is the mean training loss over the steps. `failure` says why there is no update (the loss turned NaN, ...);
+    `delta` is then of no meaning.
+    """
+
+    client: int
+    delta: Tensor
+    private: Tensor | None
+    steps: int
+    loss: float
+    num_examples: int
+    failure: str | None = None
+
+
+class Trainer(Protocol):
+    """A backend. `train` yields each task's outcome once, in any order; an outcome depends on its task and theta alone.
+
+    theta (P,): the global shared columns; `control` (correction's name -> (P,)) is what corrections take from the server.
+    Only one `train` may be under way; leaving it early is fine. `name` rebuilds this very backend: `make_trainer(name, ...)`.
+    `train` raises `RunError` when a client's step raises, or a worker dies.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def train(
+        self, theta: Tensor, tasks: Sequence[Task], control: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Trained]: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,57 @@
+"""The plain loop: PyTorch autograd over any module. The oracle that every other backend equals to rounding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedkeel.core.layout import Layout
+from fedkeel.train.contract import ClientData, LocalWork
+
+
+class LoopStep:
+    """A `Step` by autograd: gradient of the batch's mean loss, corrections, `w -= lr * g`."""
+
+    mode = staticmethod(torch.no_grad)
+
+    def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> None:
+        self.module = copy.deepcopy(module).train()
+        self.work, self.layout = work, layout
+        self.vector = torch.zeros(layout.width)
+        self.theta = self.vector[layout.trainable]
+        self.sizes = [e.size for e in layout.entries if e.trainable]
+        columns = layout.views(self.vector)
+        self.trained = [e for e in layout.entries if e.trainable]
+        self.buffers = {e.name: (columns[e.name], getattr(torch, e.dtype)) for e in layout.entries if not e.trainable}
+        self.kept = {n: b for n, b in self.module.named_buffers() if n not in self.buffers}
+
+    def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
+        self.memory, self.control = memory, control
+        self.theta0 = self.theta.clone()
+        self.state = {
+            n: b.clone() for n, b in self.kept.items()
+        }  # integer buffers: each client starts from the module's
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return x
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        leaf = self.theta.detach().requires_grad_()
+        state = self.state | {n: column.to(dtype) for n, (column, dtype) in self.buffers.items()}
+        with torch.enable_grad():
+            pieces = zip(self.trained, leaf.split(self.sizes), strict=True)
+            tensors = state | {e.name: piece.view(e.shape).to(getattr(torch, e.dtype)) for e, piece in pieces}
+            losses: Tensor = self.work.loss(functional_call(self.module, tensors, (x,)), y)
+            (g,) = torch.autograd.grad(losses.mean(), leaf)
+        for correct, c_i, c in zip(self.work.corrections, self.memory, self.control, strict=True):
+            g = correct(g, self.theta, self.theta0, c_i, c)
+        with torch.no_grad():
+            self.theta.sub_(g, alpha=self.work.lr)
+            for name, (column, _) in self.buffers.items():
+                column.copy_(tensors[name])  # a module may have put a new tensor in the buffer's place
+        self.state = {name: tensors[name].detach() for name in self.state}
+        return losses.detach()

@@ -1,0 +1,158 @@
+"""The client's step, recorded once per batch size and run as straight-line code: no autograd, no optimiser at run time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedkeel.core.layout import Layout
+from fedkeel.train.contract import ClientData, LocalWork
+from fedkeel.train.emit import Program, StepFunction
+from fedkeel.train.fuse import Updates, reuse_memory, simplify
+from fedkeel.train.record import NotTraceableError, Recorder
+
+_ELEMENTWISE = "elementwise"
+
+
+class TracedStep:
+    """A `Step` without autograd. Programs are recorded for the batch sizes that `sizes` names, before any fork."""
+
+    mode = staticmethod(torch.inference_mode)
+
+    def __init__(
+        self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, sizes: Iterable[int] = ()
+    ) -> None:
+        self.module = copy.deepcopy(module).train()
+        self.layout, self.data, self.work = layout, data, work
+        self.vector = layout.flatten(module)
+        self.theta = self.vector[layout.trainable]
+        columns = {e.name for e in layout.entries}
+        self.initial_state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
+        self.state = {n: b.clone() for n, b in self.initial_state.items()}
+        self.theta0 = self.theta.clone()
+        self.memory = [self._room(rule.definition.traits, "memory") for rule in work.corrections]
+        self.control = [self._room(rule.definition.traits, "control") for rule in work.corrections]
+        self.channels_last = self._likes_channels_last()
+        self._steps: dict[int, StepFunction] = {}
+        for size in sorted(sizes, reverse=True):
+            self._steps[size] = self._record(size).bind(self._inputs())
+
+    def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
+        for room, given in (*zip(self.memory, memory, strict=True), *zip(self.control, control, strict=True)):
+            if room is not None and given is not None:
+                room.copy_(given)
+        if self.work.corrections:
+            self.theta0.copy_(self.theta)
+        for name, value in self.initial_state.items():
+            self.state[name].copy_(value)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return channels_last(x) if self.channels_last else x
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        size = len(x)
+        if size not in self._steps:
+            self._steps[size] = self._record(size).bind(self._inputs())
+        return self._steps[size](x, y)
+
+    def _room(self, traits: frozenset[str], trait: str) -> Tensor | None:
+        return torch.zeros_like(self.theta) if trait in traits else None
+
+    def _inputs(self) -> dict[str, Tensor]:
+        """Every tensor that outlives a step, by name, at its fixed address."""
+        found = {f"w.{name}": view for name, view in self.layout.views(self.vector).items()}
+        found |= {f"state.{name}": tensor for name, tensor in self.state.items()}
+        flat = {"theta": self.theta, "theta0": self.theta0}
+        for i, (c_i, c) in enumerate(zip(self.memory, self.control, strict=True)):
+            flat |= {f"{kind}.{i}": t for kind, t in (("memory", c_i), ("control", c)) if t is not None}
+        for name, vector in flat.items():
+            found[name] = vector
+            for entry in self.layout.entries:
+                if entry.trainable:
+                    found[f"{name}/{entry.name}"] = vector[self.layout.offsets[entry.name]]
+        return found
+
+    def _likes_channels_last(self) -> bool:
+        """Images through convolutions run faster with channels last, where the module can take them so."""
+        if self.data.x.ndim != 4 or not any(isinstance(m, nn.Conv2d) for m in self.module.modules()):
+            return False
+        try:
+            with torch.no_grad():
+                x = channels_last(self.data.prepare(self.data.x[:2]))
+                copy.deepcopy(self.module)(x)
+        except RuntimeError:
+            return False
+        return True
+
+    def _record(self, size: int) -> Program:
+        rows = torch.arange(size) % len(self.data.x)
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = {name: tensor.detach().clone() for name, tensor in self._inputs().items()}
+            inputs["x"] = self.arrange(self.data.prepare(self.data.x[rows]))
+            inputs["y"] = self.data.y[rows]
+            return self._program(inputs)
+
+    def _program(self, inputs: dict[str, Tensor]) -> Program:
+        layout, work = self.layout, self.work
+        trained = [e for e in layout.entries if e.trainable]
+        leaves = [inputs[f"w.{e.name}"].requires_grad_() for e in trained]
+        buffers = {e.name: inputs[f"w.{e.name}"] for e in layout.entries if not e.trainable}
+        buffers |= {name: inputs[f"state.{name}"] for name in self.state}
+        with Recorder(inputs) as recorder:
+            tensors = {e.name: leaf.to(getattr(torch, e.dtype)) for e, leaf in zip(trained, leaves, strict=True)}
+            tensors |= buffers
+            losses: Tensor = work.loss(functional_call(self.module, tensors, (inputs["x"],)), inputs["y"])
+            gradients = torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
+            with torch.no_grad():
+                for name, buffer in buffers.items():
+                    if tensors[name] is not buffer:
+                        buffer.copy_(tensors[name])
+                targets = self._corrected(inputs, leaves, gradients)
+        graph = recorder.graph
+        pairs = [(recorder.value(target), recorder.value(g)) for target, g in targets]
+        roots = simplify(graph, [recorder.value(losses), *(g for _, g in pairs)])
+        Updates(graph, work.lr).apply(dict(zip((p for p, _ in pairs), roots[1:], strict=True)))
+        reuse_memory(graph, [roots[0]])
+        return Program(graph, roots[0], ("x", "y"))
+
+    def _corrected(
+        self, inputs: dict[str, Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(tensor, its gradient after the corrections): one pair a parameter, or one for the flat vector."""
+        rules = self.work.corrections
+        if not rules:
+            return [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
+        trained = [e for e in self.layout.entries if e.trainable]
+        flat = [
+            torch.zeros_like(leaf).view(-1) if g is None else g.reshape(-1)
+            for leaf, g in zip(leaves, gradients, strict=True)
+        ]
+        if all(_ELEMENTWISE in rule.definition.traits for rule in rules):
+            parts = [
+                (leaf, leaf.detach().view(-1), g, f"/{e.name}")
+                for leaf, g, e in zip(leaves, flat, trained, strict=True)
+            ]
+        else:
+            parts = [(inputs["theta"], inputs["theta"], torch.cat(flat), "")]
+        result = []
+        for target, theta, gradient, suffix in parts:
+            g = gradient
+            for i, rule in enumerate(rules):
+                c_i, c = inputs.get(f"memory.{i}{suffix}"), inputs.get(f"control.{i}{suffix}")
+                g = rule(g, theta, inputs[f"theta0{suffix}"], c_i, c)
+            result.append((target, g))
+        return result
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) with the channels next to each other in memory, the strides saying so even where C = 1."""
+    _, channels, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x.as_strided(x.shape, (height * width * channels, 1, width * channels, channels))
+
+
+__all__ = ["NotTraceableError", "TracedStep", "channels_last"]

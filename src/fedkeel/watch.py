@@ -1,0 +1,93 @@
+"""What a terminal shows while runs go on, and the table after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedkeel import api
+    from fedkeel.compare import Comparison
+
+LINES = 10
+"""How many lines a run prints where no terminal shows a bar."""
+
+
+def figure(row: Mapping[str, Any]) -> str:
+    """`0.9361 [0.9087, 0.9556]`."""
+    if row["low"] is None:
+        return f"{row['value']:.4f}"
+    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+
+
+def describe(progress: api.Progress) -> str:
+    """One run's standing: its newest figures, and who was refused in the last round."""
+    parts = []
+    for name in ("accuracy", "loss"):
+        if name in progress.metrics:
+            value = progress.metrics[name]
+            parts.append(f"{name} {value[0] if isinstance(value, tuple) else value:.4f}")
+    if progress.round:
+        parts.append(f"skipped: {progress.skipped}" if progress.skipped else f"{progress.used} used")
+        if progress.refused:
+            parts.append(f"{progress.refused} refused")
+    return ", ".join(parts)
+
+
+@contextmanager
+def watching(console: Console, rounds: int, label: str) -> Iterator[Callable[[api.Progress], None]]:
+    """A bar for one run; plain lines where the output is no terminal."""
+    if not console.is_terminal:
+        every = max(1, rounds // LINES)
+
+        def line(progress: api.Progress) -> None:
+            if progress.round % every == 0 or progress.round == rounds:
+                console.print(f"{escape(label)}: round {progress.round}/{rounds}, {escape(describe(progress))}")
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[standing]}"), console=console) as bar:
+        task = bar.add_task(escape(label), total=rounds, standing="preparing")
+
+        def step(progress: api.Progress) -> None:
+            bar.update(task, completed=progress.round, standing=escape(describe(progress)))
+
+        yield step
+
+
+@contextmanager
+def comparing(console: Console, rounds: int) -> Iterator[Callable[[str, int, api.Progress], None]]:
+    """A bar, or a line, for every run of a comparison."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    shown = console.is_terminal
+    with Progress(*columns, TextColumn("{task.fields[standing]}"), console=console, disable=not shown) as bar:
+        tasks: dict[tuple[str, int], Any] = {}
+
+        def step(label: str, seed: int, progress: api.Progress) -> None:
+            name = f"{label}, seed {seed}"
+            if shown:
+                if (label, seed) not in tasks:
+                    tasks[label, seed] = bar.add_task(escape(name), total=rounds, standing="")
+                bar.update(tasks[label, seed], completed=progress.round, standing=escape(describe(progress)))
+            elif progress.round == rounds:
+                console.print(f"{escape(name)}: {escape(describe(progress))}")
+
+        yield step
+
+
+def table(found: Comparison) -> Table:
+    """Mean and interval of every variant."""
+    shown = Table(title=f"final {found.metric}, mean and 95% interval over seeds")
+    shown.add_column("variant")
+    for column in ("seeds", "mean", "low", "high"):
+        shown.add_column(column, justify="right")
+    for v in found.variants:
+        shown.add_row(escape(v.label), str(len(v.values)), f"{v.mean:.4f}", f"{v.low:.4f}", f"{v.high:.4f}")
+    return shown
