@@ -25,7 +25,7 @@ steps() {
       # 3.0.0 declares Python >= 3.14; backport_blazefl below makes it load on 3.11.
       echo "--no-deps --ignore-requires-python blazefl==3.0.0" ;;
     fedjax)
-      # Measured fastest here with JAX 0.4.30: 0.4.38 took half as long again, and fedjax does not load with 0.7.2.
+      # JAX 0.4.30 because fedjax is slower with 0.4.38 (another CPU runtime) and does not load with 0.7.2.
       echo "fedjax==0.0.17 jax==0.4.30 jaxlib==0.4.30 dm-haiku==0.0.12 optax==0.2.3 chex==0.1.86" \
         "numpy==1.26.4 scipy==1.17.1 $psutil" ;;
     flwr) echo "flwr[simulation]==1.41.0 $torch $numpy $psutil" ;;

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fedkeel.api import report as report
     from fedkeel.api import resume as resume
     from fedkeel.api import run as run
-    from fedkeel.compare import Comparison as Comparison
-    from fedkeel.compare import compare as compare
+    from fedkeel.comparison import Comparison as Comparison
+    from fedkeel.comparison import compare as compare
     from fedkeel.config import Job as Job
     from fedkeel.config import load as load
     from fedkeel.core.errors import CohortError as CohortError
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "fedkeel.api": ("Progress", "Run", "report", "resume", "run"),
-    "fedkeel.compare": ("Comparison", "compare"),
+    "fedkeel.comparison": ("Comparison", "compare"),
     "fedkeel.config": ("Job", "load"),
     "fedkeel.core.errors": ("CohortError", "DecodeError", "FedkeelError", "InputError", "RunError"),
     "fedkeel.core.keys": ("Key",),

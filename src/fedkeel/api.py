@@ -210,9 +210,7 @@ def _finished(directory: RunDir, with_report: bool) -> Run:
 
 
 def _meta(federation: Federation, trainer: Trainer) -> dict[str, Any]:
-    import torch
-
-    import fedkeel
+    from importlib.metadata import version
 
     job, pool = federation.job, federation.pool
     histogram = label_histogram(federation.data, pool.classes).tolist() if pool.classes else None
@@ -222,8 +220,8 @@ def _meta(federation: Federation, trainer: Trainer) -> dict[str, Any]:
         "rounds": job.rounds,
         "plan": federation.plan.steps,
         "backend": trainer.name,
-        "fedkeel": fedkeel.__version__,
-        "torch": torch.__version__,
+        "fedkeel": version("fedkeel"),
+        "torch": version("torch"),
         "columns": federation.layout.columns,
         "clients": list(federation.names),
         "labels": list(pool.labels),

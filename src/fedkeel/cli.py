@@ -149,7 +149,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run variants of a job over seeds: mean and 95% interval, as a table, CSV and report."""
-    from fedkeel.compare import compare as run_comparison
+    from fedkeel.comparison import compare as run_comparison
     from fedkeel.config import split_list
     from fedkeel.core.errors import InputError
     from fedkeel.watch import comparing, table

@@ -18,17 +18,17 @@ BASE = {
     "rounds": 30,
     "data": {"source": "digits", "partition": "dirichlet(alpha=0.3)", "clients": 50},
     "model": {"build": "mlp(hidden=(64,))"},
-    "train": {"batch_size": 10, "lr": 0.1, "stopping": "epochs(epochs=2)"},
+    "train": {"batch_size": 10, "lr": 0.2, "stopping": "epochs(epochs=2)"},
 }
-HOSTILE = {"rule": "sign_flip(scale=4.0)", "clients": 10}
+HOSTILE = {"rule": "sign_flip(scale=5.0)", "clients": 10}
 VARIANTS = {
     "plain mean, no attack": {},
     "plain mean, 10 of 50 hostile": {"attack": HOSTILE},
     "checks + trimmed mean, 10 of 50 hostile": {
         "attack": HOSTILE,
         "aggregate": {
-            "checks": ("layout", "version", "claims", "duplicate", "replayed", "finite", "norm_bound(limit=5.0)"),
-            "reduce": "trimmed_mean(trim=10)",
+            "checks": ("layout", "version", "claims", "duplicate", "replayed", "finite", "norm_bound(limit=2.0)"),
+            "reduce": "trimmed_mean(trim=5)",
         },
     },
 }

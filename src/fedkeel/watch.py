@@ -13,7 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from fedkeel import api
-    from fedkeel.compare import Comparison
+    from fedkeel.comparison import Comparison
 
 LINES = 10
 """How many lines a run prints where no terminal shows a bar."""

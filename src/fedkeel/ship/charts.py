@@ -91,14 +91,14 @@ def curves(title: str, lines: Sequence[Curve], key: str, *, percent: bool, note:
     _rounds(axes)
     if percent:
         _percent(axes)
-    said = "; ".join(f"{c.label}: {_ends(c.points, percent)}" for c in lines)
+    said = "; ".join(f"{short(c.label, 60)}: {_ends(c.points, percent)}" for c in lines)
     legend = tuple((c.label, *mark(c.index)) for c in lines) if len(lines) > 1 else ()
     return Chart(title, _svg(figure, key, f"{title}. {said}."), legend, note)
 
 
 def finals(title: str, rows: Sequence[tuple[str, Point]], key: str, *, percent: bool, note: str = "") -> Chart:
     """One bar a run, with its interval: who ends where."""
-    figure, axes = _figure(22 + 37 * len(rows), left=8, right=44, bottom=6)
+    figure, axes = _figure(22 + 37 * len(rows), left=1, right=44, bottom=6)
     top = max((max(p.value or 0.0, p.high or 0.0) for _, p in rows), default=1.0) or 1.0
     for i, (label, point) in enumerate(rows):
         colour, value = SERIES[i % len(SERIES)], point.value
@@ -115,7 +115,7 @@ def finals(title: str, rows: Sequence[tuple[str, Point]], key: str, *, percent: 
         axes.text(reach + top * 0.015, i + 0.1, number(value, percent), va="center", color=INK, weight="bold")
     axes.set(xlim=(0, top), ylim=(len(rows) - 0.55, -0.62), xticks=[], yticks=[])
     axes.spines["bottom"].set_visible(False)
-    said = "; ".join(f"{label}: {figure_of(point, percent)}" for label, point in rows)
+    said = "; ".join(f"{short(label, 60)}: {figure_of(point, percent)}" for label, point in rows)
     return Chart(title, _svg(figure, key, f"{title}. {said}."), (), note)
 
 
@@ -154,6 +154,8 @@ def norms(
     title: str, dots: Mapping[str, Sequence[tuple[int, float]]], key: str, *, truth: bool, note: str = ""
 ) -> Chart:
     """Norm of each update, on a logarithmic scale: a dot for one admitted, a cross for one refused."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(196)
     legend = []
     for sort, values in dots.items():
@@ -162,6 +164,9 @@ def norms(
         axes.plot(x, y, marker, color=colour, markersize=3 if marker == "o" else 4.5, markeredgewidth=1.1, alpha=0.75)
         legend.append((label, _CSS[colour], "dot" if marker == "o" else "cross"))
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,), numticks=9))
+    axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axes.minorticks_off()
     _rounds(axes)
     return Chart(title, _svg(figure, key, f"{title}, on a logarithmic scale."), tuple(legend), note)
@@ -186,7 +191,7 @@ def grid(title: str, cells: Grid, key: str, *, truth: bool, note: str = "") -> C
     else:
         axes.set_yticks([(rows - 1) / 2], [f"{cells.clients} clients"])
     _rounds(axes)
-    legend = [("used; darker: more weight", "rgb(51 135 209)", "area:0.9")]
+    legend = [("used; stronger: more weight", "rgb(51 135 209)", "area:0.9")]
     if out.any():
         legend.append(("refused", "rgb(224 102 31)", "area:0.9"))
     return Chart(title, _svg(figure, key, f"{title}: clients down, rounds across."), tuple(legend), note)
@@ -237,7 +242,8 @@ def traffic(title: str, rows: Sequence[Row], key: str, note: str = "") -> Chart:
     axes.yaxis.set_major_formatter(lambda v, _: size(v))
     _rounds(axes)
     legend = (("from clients (up)", *mark(0)), ("to clients (down)", *mark(1)))
-    return Chart(title, _svg(figure, key, title), legend, note)
+    said = ", ".join(f"{size(sum(row[side] for row in rows) / len(rows))} {side}" for side in ("up", "down"))
+    return Chart(title, _svg(figure, key, f"{title}, on average {said}."), legend, note)
 
 
 def mark(index: int) -> tuple[str, str]:
@@ -273,7 +279,7 @@ def _rounds(axes: Axes, name: str = "round") -> None:
 
 def _percent(axes: Axes) -> None:
     low, high = axes.get_ylim()
-    axes.set_ylim(max(0.0, low), min(1.0, high) if high <= 1.06 else high)
+    axes.set_ylim(low if low > 0.5 else 0.0, min(1.0, high) if high <= 1.06 else high)
     axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:g}%")
 
 
@@ -298,16 +304,16 @@ def _svg(figure: Figure, key: str, label: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text[text.index("<svg") :], flags=re.S)
     view = re.search(r'viewBox="([^"]+)"', text)
     assert view is not None  # matplotlib writes one
-    head = f'<svg class="chart" role="img" aria-label="{html.escape(label)}" viewBox="{view[1]}">'
+    head = f'<svg class="chart" role="img" aria-label="{html.escape(short(label, 2000))}" viewBox="{view[1]}">'
     text = re.sub(r"<svg.*?>", lambda _: head, text, count=1, flags=re.S).replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="|url\()#', rf"\1#{key}-", text)
     text = re.sub(r'\b(d|x|y)="([^"]*)"', _rounded, text)
-    text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px) [^;\"]*", _font, text)
+    text = re.sub(r' transform="rotate\(-?0 [^"]*"', "", text)
     text = re.sub(r"#01010\d|#0101c\d", lambda m: _CSS[m[0]], text)
     # Marks of one sort share one style: said once, around them.
     text = re.sub(r'(?:\s*<use [^>]*?style="[^"]*"/>)+', _shared, text)
@@ -317,11 +323,6 @@ def _svg(figure: Figure, key: str, label: str) -> str:
 def _rounded(match: re.Match[str]) -> str:
     """Coordinates to a tenth of a point."""
     return match[1] + '="' + re.sub(r"(\.\d)\d+", r"\1", match[2]) + '"'
-
-
-def _font(match: re.Match[str]) -> str:
-    weight = f"; font-weight: {match[1]}" if match[1] else ""
-    return f"font-size: {match[2]}{weight}"
 
 
 def _shared(match: re.Match[str]) -> str:

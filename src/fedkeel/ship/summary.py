@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from fedkeel.ship.ledger import Ledger, Row
 from fedkeel.ship.rundir import RunDir
 
-POINTS = 300  # the most points of a curve, and dots of one sort
+POINTS = 300  # the most points of a curve
+DOTS = 240  # the most dots of one sort, on average
 CLIENTS = 25  # the most lines of a table of clients
 CELLS = 150  # the most cells of a picture along one side
 LINES = 40  # the most lines of the table of rounds
@@ -22,6 +23,7 @@ _VERDICT = (
     "CASE WHEN stage IS NULL THEN 'admitted' WHEN stage IN ('train', 'transport', 'late') THEN 'lost' "
     "ELSE 'refused' END"
 )
+_NO_NORM = f"SELECT count(*) AS n FROM updates WHERE (norm IS NULL OR norm > 1e300) AND {_VERDICT} != 'lost'"
 
 
 class Point(NamedTuple):
@@ -105,7 +107,8 @@ class Run:
     traffic: list[Row]
     bytes_up: int
     bytes_down: int
-    seconds: dict[str, list[float]]  # part -> per bin of rounds
+    seconds: tuple[list[int], dict[str, list[float]]]  # rounds, and part -> mean seconds at each
+    parts: dict[str, float]  # part -> seconds in all
     epsilon: float | None
     table: list[Row] = field(default_factory=list)
 
@@ -131,7 +134,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
         )[0]
         first, last = span["first"] or 0, span["last"] or 0
         series = _series(ledger)
-        step = max(1, math.ceil((last - first + 1) / POINTS))
+        step = max(1, math.ceil((last - first + 1) / CELLS))
         return Run(
             label=label or str(meta.get("name") or run.path.resolve().name),
             path=run.path.resolve(),
@@ -148,7 +151,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
             refusals=_refusals(ledger),
             accused=_accused(ledger),
             dots=_dots(ledger, counts),
-            without_norm=ledger.query("SELECT count(*) AS n FROM updates WHERE norm IS NULL OR norm > 1e300")[0]["n"],
+            without_norm=ledger.query(_NO_NORM)[0]["n"],
             grid=_grid(ledger, first, last),
             traffic=ledger.query(
                 "SELECT min(round) AS round, avg(bytes_up) AS up, avg(bytes_down) AS down FROM rounds "
@@ -159,6 +162,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
             bytes_up=int(span["up"]),
             bytes_down=int(span["down"]),
             seconds=_seconds(ledger, first, step),
+            parts=_parts(ledger),
             epsilon=span["epsilon"],
             table=_table(ledger, series),
         )
@@ -224,11 +228,11 @@ def _refusals(ledger: Ledger) -> list[Row]:
 
 
 def _accused(ledger: Ledger) -> list[Row]:
-    """The clients refused most; where none was refused, those of the most weight."""
+    """The clients refused most, then hostile ones, then those of the most weight."""
     rows = ledger.query(
         f"SELECT client, max(hostile) AS hostile, count(*) AS updates, total({_VERDICT} = 'refused') AS refused, "
         f"total({_VERDICT} = 'lost') AS lost, avg(weight) AS weight, avg(CASE WHEN norm < 1e300 THEN norm END) AS norm "
-        "FROM updates GROUP BY client ORDER BY refused DESC, weight DESC, client LIMIT ?",
+        "FROM updates GROUP BY client ORDER BY refused DESC, hostile DESC, weight DESC, client LIMIT ?",
         CLIENTS,
     )
     for row in rows:
@@ -241,18 +245,18 @@ def _accused(ledger: Ledger) -> list[Row]:
 
 
 def _dots(ledger: Ledger, counts: Counts) -> dict[str, list[tuple[int, float]]]:
-    """Norms of at most `POINTS` updates of each sort, picked by a hash of their place in the ledger."""
+    """Norms of about `DOTS` updates of each sort, picked by a hash of their place in the ledger."""
     result = {}
     for sort in ("honest_admitted", "honest_refused", "hostile_admitted", "hostile_refused"):
         truth, verdict = sort.split("_")
-        stride = max(1, math.ceil(getattr(counts, sort) / POINTS))
+        stride = max(1, math.ceil(getattr(counts, sort) / DOTS))
         rows = ledger.query(
             "SELECT round, norm FROM updates WHERE norm > 0 AND norm < 1e300 AND ifnull(hostile, 0) = ? "
             f"AND {_VERDICT} = ? AND (rowid * 7919 % 1000003) % ? = 0 ORDER BY rowid LIMIT ?",
             int(truth == "hostile"),
             verdict,
             stride,
-            2 * POINTS,
+            2 * DOTS,
         )
         if rows:
             result[sort] = [(row["round"], row["norm"]) for row in rows]
@@ -293,20 +297,25 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d{1,18})", name) if part]
 
 
-def _seconds(ledger: Ledger, first: int, step: int) -> dict[str, list[float]]:
-    """Part of a round -> its mean seconds per bin of rounds, the costliest part first."""
+def _seconds(ledger: Ledger, first: int, step: int) -> tuple[list[int], dict[str, list[float]]]:
+    """Rounds, one per bin, and part of a round -> its mean seconds in each, the costliest part first."""
     rows = ledger.query(
-        "SELECT (round - ?) / ? AS bin, part.key AS part, avg(part.value) AS s FROM rounds, json_each(rounds.seconds) "
-        "AS part GROUP BY 1, 2 ORDER BY 1",
+        "SELECT (round - ?) / ? AS bin, min(round) AS round, part.key AS part, avg(part.value) AS s "
+        "FROM rounds, json_each(rounds.seconds) AS part GROUP BY 1, 3 ORDER BY 1",
         first,
         step,
     )
-    bins = sorted({row["bin"] for row in rows})
-    place = {number: i for i, number in enumerate(bins)}
+    rounds = {row["bin"]: row["round"] for row in reversed(rows)}
+    place = {number: i for i, number in enumerate(sorted(rounds))}
     parts: dict[str, list[float]] = {}
     for row in rows:
-        parts.setdefault(row["part"], [0.0] * len(bins))[place[row["bin"]]] = row["s"] or 0.0
-    return dict(sorted(parts.items(), key=lambda item: -sum(item[1])))
+        parts.setdefault(row["part"], [0.0] * len(place))[place[row["bin"]]] = row["s"] or 0.0
+    return [rounds[number] for number in place], dict(sorted(parts.items(), key=lambda item: -sum(item[1])))
+
+
+def _parts(ledger: Ledger) -> dict[str, float]:
+    rows = ledger.query("SELECT key, total(value) AS s FROM rounds, json_each(rounds.seconds) GROUP BY key")
+    return {row["key"]: row["s"] for row in rows}
 
 
 def _table(ledger: Ledger, series: dict[str, list[Point]]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from fedkeel.ship.summary import Counts, Point, Run
 
@@ -40,8 +41,49 @@ def count(number: float, noun: str) -> str:
     return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
 
 
+def of(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}"
+
+
+def duration(seconds: float) -> str:
+    """`0.82 s`, `41 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """A name that others chose, as it may be shown: no longer than `most`, nothing in it that cannot be seen."""
+    seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    return seen if len(seen) <= most else seen[: most - 1] + "…"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def name(metric: str) -> str:
+    return short(metric.replace("_", " "), 40)
+
+
+def difference(point: Point, base: Point, percent: bool) -> str:
+    """`−82.3 points`: how far a figure lies from another."""
+    if point.value is None or base.value is None:
+        return ""
+    gap = (point.value - base.value) * (100 if percent else 1)
+    text = f"{gap:+.1f} points".replace("-0.0 ", "+0.0 ") if percent else f"{gap:+.4g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def statement(pairs: Sequence[tuple[str, Point]], metric: str, percent: bool) -> str:
+    """Who ends highest and who lowest."""
+    known = [(label, point.value) for label, point in pairs if point.value is not None]
+    if len(known) < 2:
+        return f"{count(len(pairs), 'run')} side by side"
+    high, low = max(known, key=lambda p: p[1]), min(known, key=lambda p: p[1])
+    ends = f"“{short(high[0], 90)}” ends at {number(high[1], percent)} {metric}"
+    return f"{ends}, “{short(low[0], 90)}” at {number(low[1], percent)}"
 
 
 def is_share(name: str) -> bool:
@@ -54,7 +96,7 @@ def ending(run: Run) -> str:
     rounds = count(run.rounds, "round")
     if run.main is None or run.final is None:
         return f"no evaluation after {rounds}"
-    return f"{run.main.replace('_', ' ')} {figure_of(run.final, is_share(run.main))} after {rounds}"
+    return f"{name(run.main)} {figure_of(run.final, is_share(run.main))} after {rounds}"
 
 
 def verdict(counts: Counts) -> str:
@@ -65,7 +107,7 @@ def verdict(counts: Counts) -> str:
     if not counts.hostile:
         known = "No client was hostile: " if counts.truth else ""
         if not counts.refused:
-            return f"{known}all {count(judged, 'update')} were admitted."
+            return capital(f"{known}all {count(judged, 'update')} were admitted.")
         return f"{known}{counts.refused:,} of {count(judged, 'update')} were refused."
     who = count(counts.hostile_clients, "hostile client")
     fate = f"{counts.hostile_refused:,} refused, {counts.hostile_admitted:,} admitted"

@@ -18,7 +18,7 @@ from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
 from fedkeel.sim.pool import Pool, clients
 from fedkeel.train import LocalWork, Trainer, evaluate, make_trainer
-from fedkeel.train.contract import ClientData
+from fedkeel.train.contract import ClientData, Prepare
 
 Z95 = 1.959963984540054
 Value = float | tuple[float, float, float]
@@ -92,7 +92,8 @@ class Federation:
         """
         start = self.private()
         if start is None:
-            found = self._measure(theta, self.pool.test_x, self.pool.test_y)
+            pool = self.pool
+            found = self._measure(theta, pool.test_x, pool.test_y, pool.prepare)
             examples = int(found["examples"])
             return _with_intervals(found, examples), examples
         assert self.holdout is not None
@@ -101,7 +102,8 @@ class Federation:
             first, last = self.holdout.range(index)
             own = memory.of(name).get("private", start)
             vector = split_private(theta, own, self.layout)
-            per_client.append(self._measure(vector, self.holdout.x[first:last], self.holdout.y[first:last]))
+            x, y = self.holdout.x[first:last], self.holdout.y[first:last]
+            per_client.append(self._measure(vector, x, y, self.holdout.prepare))
         values: dict[str, Value] = {
             metric: _mean_interval([float(found[metric]) for found in per_client])
             for metric in ("loss", "accuracy")
@@ -109,8 +111,8 @@ class Federation:
         }
         return values, len(self.holdout.x)
 
-    def _measure(self, vector: Tensor, x: Tensor, y: Tensor) -> dict[str, float]:
-        found = evaluate(self.module, self.layout, vector, x, y, self.pool.prepare, self.work.loss)
+    def _measure(self, vector: Tensor, x: Tensor, y: Tensor, prepare: Prepare) -> dict[str, float]:
+        found = evaluate(self.module, self.layout, vector, x, y, prepare, self.work.loss)
         return {k: v for k, v in found.items() if v is not None}
 
 

@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import rule
 from fedkeel.sim.pool import Pool, Split
-from fedkeel.train.contract import ClientData
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -156,12 +154,6 @@ def natural(pool: Pool, clients: int, key: Key, *, min_examples: Count = 1) -> S
     chosen = np.sort(key.numpy().permutation(fit)[:clients])
     rows = np.split(torch.argsort(pool.group, stable=True).numpy(), counts.cumsum(0)[:-1].numpy())
     return _split([rows[g] for g in chosen], tuple(pool.group_names[g] for g in chosen))
-
-
-def label_histogram(data: ClientData, classes: int) -> Tensor:
-    """How many examples of each class every client holds: (clients, classes) int64, the picture of a partition."""
-    owner = torch.repeat_interleave(torch.arange(len(data)), data.offsets.diff())
-    return torch.bincount(owner * classes + data.y.to(torch.int64), minlength=len(data) * classes).view(-1, classes)
 
 
 def _labels(pool: Pool, name: str) -> Indices:

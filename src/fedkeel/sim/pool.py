@@ -201,6 +201,13 @@ def clients(pool: Pool, split: Split, key: Key, *, holdout: float = 0.0) -> tupl
     return train, _gather(pool, held, split.noise, key.fold("noise", "holdout"))
 
 
+def label_histogram(data: ClientData, classes: int) -> Tensor:
+    """How many examples of each class every client holds: (clients, classes) int64, the picture of a partition."""
+    owner = torch.repeat_interleave(torch.arange(len(data)), data.offsets.diff())
+    cells = owner[:, None] * classes + data.y.reshape(len(data.y), -1)
+    return torch.bincount(cells.flatten(), minlength=len(data) * classes).view(-1, classes)
+
+
 def _gather(pool: Pool, shares: Sequence[Tensor], noise: Sequence[float], key: Key) -> ClientData:
     index = torch.cat(list(shares))
     offsets = torch.tensor([0, *(len(s) for s in shares)]).cumsum(0)

@@ -1,1 +1,19 @@
+"""Local training: one contract, several backends, evaluation. Used by simulation and deployment alike."""
 
+from fedkeel.train.backends import backends, make_trainer
+from fedkeel.train.contract import ClientData, LocalWork, Prepare, Scale, Task, Trained, Trainer, tokens
+from fedkeel.train.evaluate import evaluate
+
+__all__ = [
+    "ClientData",
+    "LocalWork",
+    "Prepare",
+    "Scale",
+    "Task",
+    "Trained",
+    "Trainer",
+    "backends",
+    "evaluate",
+    "make_trainer",
+    "tokens",
+]

@@ -23,8 +23,7 @@ class Step(Protocol):
 
     vector: Tensor
 
-    @staticmethod
-    def mode() -> AbstractContextManager[None]:
+    def mode(self) -> AbstractContextManager[None]:
         """The autograd mode that it runs in."""
 
     def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
@@ -46,9 +45,9 @@ class Outcome(NamedTuple):
 
 
 @contextmanager
-def seeded(key: Key) -> Iterator[None]:
+def seeded(key: Key, device: torch.device) -> Iterator[None]:
     """Modules draw (dropout) from torch's global generator: give them this key's stream, and leave no trace."""
-    generator = torch.default_generator
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
     before = generator.get_state()
     generator.manual_seed(key.value & 0x7FFF_FFFF_FFFF_FFFF)
     try:
@@ -89,12 +88,28 @@ def on_trainable(
     return found
 
 
+def succeeded(losses: Sequence[float]) -> Outcome:
+    """The outcome of a client whose losses are all finite."""
+    if not losses:
+        return Outcome(0, math.nan, "the client has no examples")
+    return Outcome(len(losses), math.fsum(losses) / len(losses), None)
+
+
+def first_failure(losses: Sequence[float], before: int) -> Outcome | None:
+    """The outcome of a client whose losses, after so many finite ones, hold one that is not."""
+    for number, loss in enumerate(losses, before + 1):
+        if not math.isfinite(loss):
+            became = "NaN" if math.isnan(loss) else "infinite"
+            return Outcome(number, loss, f"loss became {became} at step {number}")
+    return None
+
+
 class Client:
     """Trains one client after another in this thread. Not reentrant: all of them share the step's vector."""
 
     def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, step: Step) -> None:
         self.layout, self.data, self.work, self.step = layout, data, work, step
-        self.initial = layout.flatten(module)
+        self.initial = layout.flatten(module).to(data.x.device)
 
     def train(self, theta: Tensor, task: Task, control: Mapping[str, Tensor]) -> Outcome:
         """Leave the trained model in `step.vector`; `theta` (P,) and the task are not changed."""
@@ -109,7 +124,7 @@ class Client:
                 on_trainable(task.memory, work.corrections, "memory", self.layout),
                 on_trainable(control, work.corrections, "control", self.layout),
             )
-            with seeded(task.key.fold("model")):
+            with seeded(task.key.fold("model"), vector.device):
                 return self._epochs(task)
 
     def _epochs(self, task: Task) -> Outcome:
@@ -120,27 +135,25 @@ class Client:
         while len(losses) < wanted and count:
             order = epoch_order(task.key, epoch, count)[: (wanted - len(losses)) * work.batch_size]
             new = self._steps(order + self.data.range(task.client)[0])
-            for number, loss in enumerate(new, len(losses) + 1):
-                if not math.isfinite(loss):
-                    became = "NaN" if math.isnan(loss) else "infinite"
-                    return Outcome(number, loss, f"loss became {became} at step {number}")
+            if failed := first_failure(new, len(losses)):
+                return failed
             losses += new
             epoch += 1
             if "static" not in work.stopping.definition.traits:
                 wanted = work.stopping(count, work.batch_size, losses)
-        mean = math.fsum(losses) / len(losses) if losses else math.nan
-        return Outcome(len(losses), mean, None if count else "the client has no examples")
+        return succeeded(losses)
 
     def _steps(self, rows: Tensor) -> list[float]:
         """Step through these rows of the data, batch by batch; the loss of each step."""
         data, size, step = self.data, self.work.batch_size, self.step
+        rows = rows.to(data.x.device)
         per_batch = 4 * size * max(1, data.x[0].numel())
         chunk = size * max(1, CHUNK_BYTES // per_batch)
         each: list[Tensor] = []
-        for part in rows.split(chunk):
+        for part in torch.split(rows, chunk):
             x = step.arrange(data.prepare(data.x.index_select(0, part)))
             y = data.y.index_select(0, part)
-            each += map(step, x.split(size), y.split(size))
+            each += map(step, torch.split(x, size), torch.split(y, size))
         full = len(rows) // size
         flat = torch.cat(each)
         means = flat[: full * size].view(full, size).mean(1).tolist()

@@ -108,9 +108,9 @@ class Trained:
 class Trainer(Protocol):
     """A backend. `train` yields each task's outcome once, in any order; an outcome depends on its task and theta alone.
 
-    theta (P,): the global shared columns; `control` (correction's name -> (P,)) is what corrections take from the server.
-    Only one `train` may be under way; leaving it early is fine. `name` rebuilds this very backend: `make_trainer(name, ...)`.
-    `train` raises `RunError` when a client's step raises, or a worker dies.
+    theta (P,): the global shared columns; `control` (correction's name -> (P,)) is what corrections take from the
+    server. Only one `train` may be under way; leaving it early is fine. `name` names this very backend to
+    `make_trainer`. `train` raises `RunError` when a client's step raises, or a worker dies.
     """
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.train.fuse import is_view
-from fedkeel.train.record import Graph, Node, Ref, leaves, replace
+from fedkeel.train.record import Graph, Node, Ref, replace
 
 aten = torch.ops.aten
 # The same operations behind torch's own argument parser: a third of the cost of a call through the dispatcher's schema.
@@ -41,13 +41,13 @@ _FAST: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: torch.native_layer_norm,
 }
 
-StepFunction = Callable[[Tensor, Tensor], Tensor]
+StepFunction = Callable[..., Tensor]
 
 
 class Program:
     """A graph as source code. `bind` runs once what looks at the inputs alone, and compiles the rest around it."""
 
-    def __init__(self, graph: Graph, result: int, per_call: tuple[str, str]) -> None:
+    def __init__(self, graph: Graph, result: int, per_call: tuple[str, ...]) -> None:
         self.inputs = {v: name for v, name in graph.inputs.items() if name not in per_call}
         self.arguments = {name: v for v, name in graph.inputs.items() if name in per_call}
         self.per_call = per_call
@@ -67,7 +67,7 @@ class Program:
         self.source = self._write(body, result, fixed)
 
     def bind(self, inputs: Mapping[str, Tensor]) -> StepFunction:
-        """The function of the two arguments of each call, over these inputs' memory."""
+        """The function of the arguments that come with each call, over the memory of these inputs."""
         held: dict[int, Tensor] = dict(self.constants)
         held |= {v: inputs[name] for v, name in self.inputs.items()}
         for node in self.looks:
@@ -87,9 +87,8 @@ class Program:
         for at, node in enumerate(body):
             for value in (*node.uses, *(o for o in node.outs if o is not None)):
                 last[value] = at
-        x, y = (f"v{self.arguments[name]}" if name in self.arguments else f"_{name}" for name in self.per_call)
         self._mentioned: set[str] = set()
-        lines = [f"    def step({x}, {y}):"]
+        lines = [f"    def step({', '.join(f'v{self.arguments[name]}' for name in self.per_call)}):"]
         for at, node in enumerate(body):
             lines.append(f"        {self._line(node, last, at)}")
             dead = {v for v in (*node.uses, *(o for o in node.outs if o is not None)) if last[v] == at}
@@ -103,7 +102,7 @@ class Program:
         func = _FAST.get(node.func, node.func)
         args = [self._text(a) for a in node.args] + [f"{k}={self._text(v)}" for k, v in node.kwargs.items()]
         call = f"{self._bind(func)}({', '.join(args)})"
-        outs = [o for o in node.outs if o is not None]
+        outs = [o for o in node.outs if o is not None and o not in node.uses]  # in place: it is there already
         if node.multiple and outs:
             return f"{', '.join('_' if o is None else f'v{o}' for o in node.outs)}, = {call}"
         return f"v{outs[0]} = {call}" if outs else call
@@ -126,6 +125,3 @@ class Program:
             self.bound[self._names[thing]] = thing
         self._mentioned.add(self._names[thing])
         return self._names[thing]
-
-
-__all__ = ["Program", "StepFunction", "leaves"]

@@ -123,7 +123,7 @@ def _drop_dead(graph: Graph, roots: Sequence[int]) -> None:
 
 
 class Updates:
-    """Adds `p -= lr * g` for every parameter to a simplified graph, fused with the last product of g where it has one."""
+    """Adds `p -= lr * g` for every parameter to a simplified graph, fused with the product that makes g."""
 
     def __init__(self, graph: Graph, lr: float) -> None:
         self.graph, self.lr = graph, lr
@@ -214,7 +214,7 @@ class Updates:
             if tensors[source.value].ndim != 2 or tensors[source.value].dtype != torch.float32:
                 return []
             nodes, flipped_source = self._transpose(source)
-            ones = self._ones(tensors[source.value].shape[0])
+            ones = self._ones(tensors[source.value])
             target = self._view(parameter, (tensors[parameter].numel(),))
             return [*nodes, self._node(Tensor.addmv_, target, flipped_source, Ref(ones), alpha=alpha)]
         if maker.func is aten.embedding_dense_backward.default and maker.args[3] < 0 and not maker.args[4]:
@@ -252,9 +252,10 @@ class Updates:
         value = self.transposes[source.value] = self.graph.add(self.graph.tensors[source.value].t())
         return [Node(aten.t.default, (source,), {}, (value,))], Ref(value)
 
-    def _ones(self, size: int) -> int:
+    def _ones(self, like: Tensor) -> int:
+        size = like.shape[0]
         if size not in self.ones:
-            self.ones[size] = self.graph.add(torch.ones(size))
+            self.ones[size] = self.graph.add(torch.ones(size, device=like.device))
             self.graph.constants.add(self.ones[size])
         return self.ones[size]
 

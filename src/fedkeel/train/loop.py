@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,20 @@ from fedkeel.train.contract import ClientData, LocalWork
 class LoopStep:
     """A `Step` by autograd: gradient of the batch's mean loss, corrections, `w -= lr * g`."""
 
-    mode = staticmethod(torch.no_grad)
-
     def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> None:
-        self.module = copy.deepcopy(module).train()
-        self.work, self.layout = work, layout
-        self.vector = torch.zeros(layout.width)
+        device = data.x.device
+        self.module = copy.deepcopy(module).train().to(device)
+        self.work = work
+        self.vector = torch.zeros(layout.width, device=device)
         self.theta = self.vector[layout.trainable]
         self.sizes = [e.size for e in layout.entries if e.trainable]
         columns = layout.views(self.vector)
         self.trained = [e for e in layout.entries if e.trainable]
         self.buffers = {e.name: (columns[e.name], getattr(torch, e.dtype)) for e in layout.entries if not e.trainable}
         self.kept = {n: b for n, b in self.module.named_buffers() if n not in self.buffers}
+
+    def mode(self) -> AbstractContextManager[None]:
+        return torch.no_grad()
 
     def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
         self.memory, self.control = memory, control
@@ -43,7 +46,7 @@ class LoopStep:
         leaf = self.theta.detach().requires_grad_()
         state = self.state | {n: column.to(dtype) for n, (column, dtype) in self.buffers.items()}
         with torch.enable_grad():
-            pieces = zip(self.trained, leaf.split(self.sizes), strict=True)
+            pieces = zip(self.trained, torch.split(leaf, self.sizes), strict=True)
             tensors = state | {e.name: piece.view(e.shape).to(getattr(torch, e.dtype)) for e, piece in pieces}
             losses: Tensor = self.work.loss(functional_call(self.module, tensors, (x,)), y)
             (g,) = torch.autograd.grad(losses.mean(), leaf)

@@ -69,15 +69,19 @@ class Graph:
         return len(self.tensors) - 1
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every operation while it is active. Tensors it did not see made are constants of the graph."""
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self._known: dict[int, int] = {}
         for name, tensor in inputs.items():
             self.graph.inputs[self._learn(tensor)] = name
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler, a second of start-up, only to keep out of it
 
     def _learn(self, tensor: Tensor) -> int:
         value = self._known[id(tensor)] = self.graph.add(tensor)  # kept alive there, so that its id stays its own

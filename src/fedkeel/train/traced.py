@@ -1,19 +1,22 @@
-"""The client's step, recorded once per batch size and run as straight-line code: no autograd, no optimiser at run time."""
+"""The client's step, recorded once per batch size and run as straight-line code: no autograd, no optimiser in it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.train.contract import ClientData, LocalWork
+from fedkeel.train.client import seeded
+from fedkeel.train.contract import ClientData, LocalWork, Prepare
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Updates, reuse_memory, simplify
-from fedkeel.train.record import NotTraceableError, Recorder
+from fedkeel.train.record import Recorder
 
 _ELEMENTWISE = "elementwise"
 
@@ -21,14 +24,13 @@ _ELEMENTWISE = "elementwise"
 class TracedStep:
     """A `Step` without autograd. Programs are recorded for the batch sizes that `sizes` names, before any fork."""
 
-    mode = staticmethod(torch.inference_mode)
-
     def __init__(
         self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, sizes: Iterable[int] = ()
     ) -> None:
-        self.module = copy.deepcopy(module).train()
+        device = data.x.device
+        self.module = copy.deepcopy(module).train().to(device)
         self.layout, self.data, self.work = layout, data, work
-        self.vector = layout.flatten(module)
+        self.vector = layout.flatten(module).to(device)
         self.theta = self.vector[layout.trainable]
         columns = {e.name for e in layout.entries}
         self.initial_state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
@@ -36,10 +38,15 @@ class TracedStep:
         self.theta0 = self.theta.clone()
         self.memory = [self._room(rule.definition.traits, "memory") for rule in work.corrections]
         self.control = [self._room(rule.definition.traits, "control") for rule in work.corrections]
-        self.channels_last = self._likes_channels_last()
+        self.arrange = arranger(self.module, data.x, data.prepare)
         self._steps: dict[int, StepFunction] = {}
         for size in sorted(sizes, reverse=True):
             self._steps[size] = self._record(size).bind(self._inputs())
+
+    def mode(self) -> AbstractContextManager[None]:
+        # oneDNN's recurrent layer keeps what its gradient needs only while autograd is on.
+        recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
+        return torch.enable_grad() if recurrent else torch.inference_mode()
 
     def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
         for room, given in (*zip(self.memory, memory, strict=True), *zip(self.control, control, strict=True)):
@@ -49,9 +56,6 @@ class TracedStep:
             self.theta0.copy_(self.theta)
         for name, value in self.initial_state.items():
             self.state[name].copy_(value)
-
-    def arrange(self, x: Tensor) -> Tensor:
-        return channels_last(x) if self.channels_last else x
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         size = len(x)
@@ -76,21 +80,9 @@ class TracedStep:
                     found[f"{name}/{entry.name}"] = vector[self.layout.offsets[entry.name]]
         return found
 
-    def _likes_channels_last(self) -> bool:
-        """Images through convolutions run faster with channels last, where the module can take them so."""
-        if self.data.x.ndim != 4 or not any(isinstance(m, nn.Conv2d) for m in self.module.modules()):
-            return False
-        try:
-            with torch.no_grad():
-                x = channels_last(self.data.prepare(self.data.x[:2]))
-                copy.deepcopy(self.module)(x)
-        except RuntimeError:
-            return False
-        return True
-
     def _record(self, size: int) -> Program:
         rows = torch.arange(size) % len(self.data.x)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), seeded(Key(0), self.vector.device):
             inputs = {name: tensor.detach().clone() for name, tensor in self._inputs().items()}
             inputs["x"] = self.arrange(self.data.prepare(self.data.x[rows]))
             inputs["y"] = self.data.y[rows]
@@ -148,11 +140,24 @@ class TracedStep:
         return result
 
 
-def channels_last(x: Tensor) -> Tensor:
+def arranger(module: nn.Module, x: Tensor, prepare: Prepare) -> Callable[[Tensor], Tensor]:
+    """Channels last for images through convolutions, which are faster so, where the module takes them; else nothing."""
+    if x.ndim == 4 and len(x) and any(isinstance(part, nn.Conv2d) for part in module.modules()):
+        try:
+            with torch.no_grad():
+                copy.deepcopy(module).eval()(_channels_last(prepare(x[:1])))
+            return _channels_last
+        except RuntimeError:
+            pass  # a view over the flattened image, say
+    return _as_it_is
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _channels_last(x: Tensor) -> Tensor:
     """Images (B, C, H, W) with the channels next to each other in memory, the strides saying so even where C = 1."""
     _, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     return x.as_strided(x.shape, (height * width * channels, 1, width * channels, channels))
-
-
-__all__ = ["NotTraceableError", "TracedStep", "channels_last"]

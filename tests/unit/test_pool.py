@@ -11,8 +11,7 @@ from torch.utils.data import TensorDataset
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
-from fedkeel.sim.partitions import label_histogram
-from fedkeel.sim.pool import Pool, Split, clients
+from fedkeel.sim.pool import Pool, Split, clients, label_histogram
 from fedkeel.train.contract import Scale, tokens
 
 KEY = Key.root(0)

@@ -1,0 +1,5 @@
+"""`python -m fedkeel` is `fedkeel`."""
+
+from fedkeel.cli import main
+
+main()

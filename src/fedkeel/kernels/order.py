@@ -1,0 +1,104 @@
+"""Order statistics per column: a pruned selection network run over cache-sized blocks of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkeel.kernels import blocks, network
+
+NETWORK_ROWS = 256  # above, the network's n log^2 n comparisons lose to quickselect
+_BLOCK_BYTES = 1 << 21  # working rows of one block: with two threads they stay in the caches
+_DEVICE_COLUMNS = 1 << 22  # on a GPU a block only bounds the memory
+
+
+def trimmed_mean(U: Tensor, trim: int, rows: Sequence[int] | None = None) -> Tensor:
+    """Per column, the mean of the values of ranks trim..n-trim-1 (from 0), summed in float64.
+
+    U (n, P) -> (P,), of U's dtype; `rows` picks rows without copying them. Needs n > 2 * trim. trim = (n-1)//2 is the
+    median (of an even number of rows: the mean of the middle two). A column that holds a NaN gives NaN, and no column's
+    result depends on another column.
+    """
+    picked = list(range(U.shape[0])) if rows is None else list(rows)
+    if len(picked) <= 2 * trim:
+        raise ValueError(f"{len(picked)} rows leave nothing to average when {trim} are trimmed at each end")
+    U, out = U.detach(), torch.empty(U.shape[1], dtype=U.dtype, device=U.device)
+    if U.device.type == "cpu" and U.dtype in (torch.float32, torch.float64):
+        _on_cpu([U[i].numpy() for i in picked], trim, out.numpy())
+    else:
+        _on_device(U, picked, trim, out)
+    return out
+
+
+def _on_cpu(rows: list[NDArray[Any]], trim: int, out: NDArray[Any]) -> None:
+    """numpy: its calls cost a third of torch's here, and it lets go of the interpreter lock."""
+    n, columns = len(rows), out.size
+    chosen = network.plan(n, trim) if n <= NETWORK_ROWS else None
+    size = min(max(_BLOCK_BYTES // (out.itemsize * n), 4096), 32768, max(columns, 1))
+
+    def work(parts: Iterator[slice]) -> None:
+        scratch = np.empty((chosen.scratch, size), out.dtype) if chosen else None
+        total = np.empty(size, np.float64)
+        for part in parts:
+            block = [row[part] for row in rows]
+            if chosen is None or scratch is None:
+                out[part] = _select(np.stack(block, axis=1), trim)
+            else:
+                _run(chosen, block, scratch, total, out[part])
+
+    blocks.share(columns, size, work)
+
+
+def _run(
+    chosen: network.Plan,
+    block: list[NDArray[Any]],
+    scratch: NDArray[Any],
+    total: NDArray[np.float64],
+    out: NDArray[Any],
+) -> None:
+    """One block of columns through the network. The place for a compiled kernel: same arguments, same result."""
+    registers = block + list(scratch[:, : out.size])
+    minimum, maximum = np.minimum, np.maximum
+    for is_max, a, b, target in chosen.steps:
+        (maximum if is_max else minimum)(registers[a], registers[b], out=registers[target])
+    kept = [registers[k] for k in chosen.kept]
+    if len(kept) == 1:
+        np.copyto(out, kept[0])
+        return
+    total = total[: out.size]
+    np.add(kept[0], kept[1], out=total, dtype=np.float64)
+    for value in kept[2:]:
+        np.add(total, value, out=total)
+    np.divide(total, len(kept), out=out, casting="same_kind")
+
+
+def _select(values: NDArray[Any], trim: int) -> NDArray[Any]:
+    """Many rows: quickselect along (columns, n), in place. A NaN counts as the largest value, so it is looked for."""
+    n = values.shape[1]
+    values.partition(sorted({trim, n - trim - 1, n - 1}), axis=1)
+    mean: NDArray[Any] = values[:, trim : n - trim].mean(axis=1, dtype=np.float64)
+    return np.where(np.isnan(values[:, -1]), np.nan, mean)
+
+
+def _on_device(U: Tensor, rows: list[int], trim: int, out: Tensor) -> None:
+    n = len(rows)
+    chosen = network.plan(n, trim) if n <= NETWORK_ROWS else None
+    for part in blocks.spans(slice(0, out.numel()), _DEVICE_COLUMNS):
+        if chosen is None:
+            ordered = U[rows, part].sort(dim=0).values
+            mean = ordered[trim : n - trim].mean(0, dtype=torch.float64)
+            out[part] = torch.where(ordered[-1].isnan(), torch.nan, mean)
+            continue
+        registers = [U[i, part] for i in rows]
+        registers += list(torch.empty(chosen.scratch, registers[0].numel(), dtype=U.dtype, device=U.device))
+        for is_max, a, b, target in chosen.steps:
+            (torch.maximum if is_max else torch.minimum)(registers[a], registers[b], out=registers[target])
+        total = registers[chosen.kept[0]].to(torch.float64)
+        for k in chosen.kept[1:]:
+            total += registers[k]
+        out[part] = total / len(chosen.kept)

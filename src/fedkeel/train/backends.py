@@ -1,0 +1,144 @@
+"""Which backend trains: by name, or the fastest of those that fit the module."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fedkeel.core.errors import InputError, nearest
+from fedkeel.core.keys import Key
+from fedkeel.core.layout import Layout
+from fedkeel.core.registry import build
+from fedkeel.train.client import Client, Step
+from fedkeel.train.contract import ClientData, LocalWork, Task, Trainer
+from fedkeel.train.loop import LoopStep
+from fedkeel.train.pool import InProcess, Pool, can_fork
+from fedkeel.train.rows import Rows
+from fedkeel.train.traced import TracedStep
+
+backends = ("auto", "loop", "rows", "traced")
+
+LANES = {"cpu": 4, "cuda": 16}  # clients side by side in the rows backend
+_RECORDED_EARLY = 64  # batch sizes: so many are recorded once for all workers, the others by each when it meets them
+_TOLERANCE = 1e-3  # relative, of three steps' delta: far above rounding, far below what a wrong step differs by
+
+
+def make_trainer(
+    backend: str,
+    module: nn.Module,
+    layout: Layout,
+    data: ClientData,
+    work: LocalWork,
+    *,
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
+) -> Trainer:
+    """The trainer behind a name: `loop`, `traced`, `rows`, or `auto` for the fastest that fits (its `name` says which).
+
+    `workers` (default: one a core) are processes on the CPU, each with one thread; a client's result does not depend
+    on how many there are. The module is copied, and never changed. Raises `InputError` for an unknown name, or a module
+    that the named backend cannot train exactly.
+    """
+    if backend not in backends:
+        raise InputError(f"backend '{backend}' is unknown: {nearest(backend, backends)}")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers = {workers} is not valid: write 1 or more")
+    device = torch.device(device)
+    data = replace(data, x=data.x.to(device), y=data.y.to(device))
+    if backend == "auto":
+        backend = _fastest(module, layout, data, work)
+    elif reason := fits(backend, module, layout, data, work):
+        raise InputError(f"backend '{backend}' does not fit this model: {reason}; write 'auto' or 'loop'")
+    if backend == "rows":
+        return Rows(module, layout, data, work, LANES[device.type])
+    client = Client(module, layout, data, work, _step(backend, module, layout, data, work))
+    count = len(os.sched_getaffinity(0)) if workers is None and can_fork else workers or 1
+    pooled = can_fork and count > 1 and device.type == "cpu"
+    return Pool(backend, client, count) if pooled else InProcess(backend, client)
+
+
+def fits(backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> str | None:
+    """Why a backend cannot train this module as the plain loop does, or None if it can: found by trying."""
+    if backend == "loop":
+        return None
+    data, work, tasks = _sample(data, work)
+    theta = layout.flatten(module)[layout.shared].to(data.x.device)
+    try:
+        trial = _plain(backend, module, layout, data, work)
+        found = {t.client: t.delta.clone() for t in trial.train(theta, tasks)}
+    except Exception as error:
+        return " ".join(str(error).split()).partition(". ")[0][:300] or type(error).__name__
+    for expected in _plain("loop", module, layout, data, work).train(theta, tasks):
+        difference, size = float((found[expected.client] - expected.delta).norm()), float(expected.delta.norm())
+        if not difference <= _TOLERANCE * size + 1e-12:
+            return "its step differs from the plain loop's: it mixes a batch's examples, or keeps a state of its own"
+    return None
+
+
+def _sample(data: ClientData, work: LocalWork) -> tuple[ClientData, LocalWork, list[Task]]:
+    """Three steps for two small clients, with a partial batch if any client has one."""
+    size = work.batch_size
+    partial = any(data.count(client) % size for client in range(len(data)))
+    counts = (size + (size + 1) // 2, (size + 2) // 3) if partial and size > 1 else (2 * size, size)
+    rows = torch.arange(sum(counts), device=data.x.device) * 7919 % len(data.x)
+    offsets = torch.tensor([0, counts[0], sum(counts)])
+    few = replace(work, stopping=build("stopping", "steps", steps=3))
+    tasks = [Task(client, Key.root(client)) for client in range(2)]
+    x, y = (t.nan_to_num() if t.is_floating_point() else t for t in (data.x[rows], data.y[rows]))
+    return ClientData(x, y, offsets, data.prepare), few, tasks
+
+
+def _plain(backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> Trainer:
+    if backend == "rows":
+        return Rows(module, layout, data, work, 2)
+    return InProcess(backend, Client(module, layout, data, work, _step(backend, module, layout, data, work)))
+
+
+def _step(backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> Step:
+    if backend == "loop":
+        return LoopStep(module, layout, data, work)
+    size = work.batch_size
+    counts = [data.count(client) for client in range(len(data))]
+    sizes = {size for n in counts if n >= size} | {n % size for n in counts if n % size}
+    return TracedStep(module, layout, data, work, sizes if len(sizes) <= _RECORDED_EARLY else ())
+
+
+def _fastest(module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> str:
+    """Time a few steps of the backends that fit; the plain loop always does.
+
+    On a CPU the rows compete only where the step cannot be traced: one thread runs one traced client faster.
+    """
+    on_cpu = data.x.device.type == "cpu"
+    candidates = ["loop"]
+    for backend in ("traced", "rows") if on_cpu else ("rows", "traced"):
+        if not (on_cpu and "traced" in candidates) and fits(backend, module, layout, data, work) is None:
+            candidates.append(backend)
+    return min(candidates, key=lambda backend: _seconds(backend, module, layout, data, work))
+
+
+def _seconds(backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> float:
+    """The time of a step of one client in one thread: the smallest of three rounds."""
+    lanes = LANES[data.x.device.type]
+    size = work.batch_size
+    offsets = torch.arange(lanes + 1) * size
+    rows = torch.arange(lanes * size, device=data.x.device) % len(data.x)
+    few = replace(work, stopping=build("stopping", "steps", steps=4))
+    sample = ClientData(data.x[rows], data.y[rows], offsets, data.prepare)
+    theta = layout.flatten(module)[layout.shared].to(data.x.device)
+    tasks = [Task(client, Key.root(client)) for client in range(lanes)]
+    trainer: Trainer
+    if backend == "rows":
+        trainer = Rows(module, layout, sample, few, lanes)
+    else:
+        trainer = _plain(backend, module, layout, sample, few)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in trainer.train(theta, tasks):
+            pass
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,66 @@
+"""Evaluation of a flat vector: loss and accuracy over a set, in chunks, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedkeel.core.layout import Layout
+from fedkeel.core.registry import Rule
+from fedkeel.train.contract import Prepare
+from fedkeel.train.traced import arranger
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to whatever mode each part was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def evaluate(
+    module: nn.Module,
+    layout: Layout,
+    vector: Tensor,
+    x: Tensor,
+    y: Tensor,
+    prepare: Prepare,
+    loss: Rule,
+    batch_size: int = 500,
+) -> dict[str, float | int | None]:
+    """Mean loss and accuracy of the model `vector`, (W,) or (P,) with the module's own private columns, on x and y.
+
+    Returns `loss` and `accuracy` (the share of targets that the largest output names; None unless the loss is one of
+    classes), NaN for no examples, and `examples`. Memory is bounded by the batch; the module is left as it was.
+    """
+    tensors = {
+        name: view.to(getattr(torch, entry.dtype))
+        for entry in layout.entries
+        for name, view in layout.views(vector).items()
+        if name == entry.name
+    }
+    arrange = arranger(module, x, prepare)
+    classes = "classes" in loss.definition.traits
+    total = torch.zeros((), dtype=torch.float64)
+    correct = targets = 0
+    with torch.inference_mode(), _evaluating(module):
+        for start in range(0, len(x), batch_size):
+            output = functional_call(module, tensors, (arrange(prepare(x[start : start + batch_size])),))
+            target = y[start : start + batch_size]
+            total += loss(output, target).sum(dtype=torch.float64).cpu()
+            if classes:
+                correct += int((output.argmax(-1) == target).sum())
+                targets += target.numel()
+    examples = len(x)
+    mean = float(total) / examples if examples else float("nan")
+    accuracy = (correct / targets if targets else float("nan")) if classes else None
+    return {"loss": mean, "accuracy": accuracy, "examples": examples}

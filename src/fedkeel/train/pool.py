@@ -1,0 +1,274 @@
+"""A pool of single-threaded workers, one a core: forked, so that data and programs are theirs without a copy.
+
+Threads would do on large models; on small ones they lose to the interpreter's lock, as a step is a dozen short calls.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import select
+import signal
+import struct
+import sys
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from fedkeel.core.errors import RunError
+from fedkeel.core.keys import Key
+from fedkeel.train.client import Client, Outcome, single_thread
+from fedkeel.train.contract import Task, Trained
+
+_TASK = struct.Struct("<qqqQ")  # position, slot, client, key
+_RESULT = struct.Struct("<qqqdqq")  # position, slot, steps, loss, kind, bytes of text
+_DONE, _FAILED, _RAISED = 0, 1, 2
+
+can_fork = sys.platform == "linux"
+
+
+def longest_first(client: Client, tasks: Sequence[Task]) -> list[Task]:
+    """The order in which the last worker is done soonest: by the number of examples, ties as they came."""
+    return sorted(tasks, key=lambda task: -client.data.count(task.client))
+
+
+def explain(client: int, error: BaseException) -> str:
+    """The sentence for a client whose step raised."""
+    text = " ".join(str(error).split())
+    return f"client {client}: the training step raised {type(error).__name__}: {text or 'no message'}"
+
+
+class InProcess:
+    """A `Trainer` in this process, one client after another in one thread."""
+
+    def __init__(self, name: str, client: Client) -> None:
+        self.name = name
+        self._client = client
+        self._delta = torch.empty(client.layout.columns)
+
+    def train(
+        self, theta: Tensor, tasks: Sequence[Task], control: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Trained]:
+        layout, vector = self._client.layout, self._client.step.vector
+        for task in longest_first(self._client, tasks):
+            try:
+                with single_thread():
+                    outcome = self._client.train(theta, task, control or {})
+            except Exception as error:
+                raise RunError(explain(task.client, error)) from error
+            with torch.no_grad():
+                torch.sub(vector[layout.shared], theta, out=self._delta)
+            yield trained(self._client, task, outcome, self._delta, _private(self._client))
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def trained(client: Client, task: Task, outcome: Outcome, delta: Tensor, private: Tensor | None) -> Trained:
+    count = client.data.count(task.client)
+    return Trained(task.client, delta, private, outcome.steps, outcome.loss, count, outcome.failure)
+
+
+def _private(client: Client) -> Tensor | None:
+    layout, vector = client.layout, client.step.vector
+    if layout.columns == layout.width:
+        return None
+    return torch.cat((vector[: layout.shared.start], vector[layout.shared.stop :])).clone()
+
+
+@dataclass
+class _Worker:
+    pid: int
+    results: int  # file descriptor; it ends when the worker does
+    pending: bytearray = field(default_factory=bytearray)
+
+
+class _Arena:
+    """Memory that parent and workers share: the global model, the controls, and a ring of slots, a row each."""
+
+    def __init__(self, client: Client, slots: int) -> None:
+        layout, rules = client.layout, client.work.corrections
+        self.columns, self.width = layout.columns, layout.width
+        self.memory = [r.name for r in rules if "memory" in r.definition.traits]
+        self.control = [r.name for r in rules if "control" in r.definition.traits]
+        head = self.columns * (1 + len(self.control))
+        row = self.width + self.columns * len(self.memory)
+        # Anonymous: nothing to name, nothing to leak, and no limit of /dev/shm.
+        self._map = mmap.mmap(-1, 4 * (head + slots * row))
+        whole = torch.frombuffer(self._map, dtype=torch.float32)
+        self.theta = whole[: self.columns]
+        self.controls = whole[self.columns : head].view(len(self.control), self.columns)
+        self.rows = whole[head:].view(slots, row)
+
+    def put(self, slot: int, task: Task, initial: Tensor) -> None:
+        """Lay a task's vectors into its slot."""
+        row = self.rows[slot]
+        row[self.columns : self.width] = initial if task.private is None else task.private
+        for vector, name in zip(row[self.width :].view(-1, self.columns), self.memory, strict=True):
+            vector.copy_(task.memory[name]) if name in task.memory else vector.zero_()
+
+    def task(self, slot: int, client: int, key: int) -> Task:
+        row = self.rows[slot]
+        memory = dict(zip(self.memory, row[self.width :].view(-1, self.columns), strict=True))
+        return Task(client, Key(key), row[self.columns : self.width], memory)
+
+
+class Pool:
+    """A `Trainer` over forked workers. They start at the first `train`, and again after one that was left early."""
+
+    def __init__(self, name: str, client: Client, workers: int) -> None:
+        self.name = name
+        self._client, self._count = client, workers
+        self._workers: list[_Worker] = []
+        self._arena: _Arena | None = None
+        self._tasks = -1
+        self._finalizer: weakref.finalize[..., Pool] | None = None
+        layout = client.layout
+        self._initial = torch.cat((client.initial[: layout.shared.start], client.initial[layout.shared.stop :]))
+
+    def train(
+        self, theta: Tensor, tasks: Sequence[Task], control: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Trained]:
+        finished = False
+        try:
+            arena = self._arena or self._start()
+            arena.theta.copy_(theta)
+            for vector, name in zip(arena.controls, arena.control, strict=True):
+                vector.copy_(control[name]) if control and name in control else vector.zero_()
+            waiting = deque(longest_first(self._client, tasks))
+            free = deque(range(len(arena.rows)))
+            running: dict[int, Task] = {}
+            while waiting or running:
+                while waiting and free:
+                    task, slot = waiting.popleft(), free.popleft()
+                    running[slot] = task
+                    arena.put(slot, task, self._initial)
+                    os.write(self._tasks, _TASK.pack(0, slot, task.client, task.key.value))
+                slot, outcome = self._receive(running)
+                row = arena.rows[slot]
+                private = row[arena.columns : arena.width].clone() if arena.width > arena.columns else None
+                yield trained(self._client, running.pop(slot), outcome, row[: arena.columns], private)
+                free.append(slot)
+            finished = True
+        finally:
+            if not finished:
+                self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing: they hold nothing that matters."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._finalizer, self._arena, self._workers = None, None, []
+
+    def _receive(self, running: Mapping[int, Task]) -> tuple[int, Outcome]:
+        """The next finished slot and its outcome."""
+        poll = select.poll()
+        by_file = {worker.results: worker for worker in self._workers}
+        for file in by_file:
+            poll.register(file, select.POLLIN)
+        while True:
+            for worker in self._workers:
+                size = _RESULT.size
+                if len(worker.pending) < size:
+                    continue
+                _, slot, steps, loss, kind, length = _RESULT.unpack_from(worker.pending)
+                if len(worker.pending) < size + length:
+                    continue
+                text = worker.pending[size : size + length].decode()
+                del worker.pending[: size + length]
+                if kind == _RAISED:
+                    raise RunError(text)
+                return slot, Outcome(steps, loss, text if kind == _FAILED else None)
+            for file, _ in poll.poll():
+                received = os.read(file, 1 << 16)
+                if not received:
+                    self._died(by_file[file], running)
+                by_file[file].pending += received
+
+    def _died(self, worker: _Worker, running: Mapping[int, Task]) -> NoReturn:
+        clients = ", ".join(str(task.client) for task in running.values())
+        try:
+            status = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
+        except ChildProcessError:
+            status = 0
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        hint = " (out of memory?)" if status == -signal.SIGKILL else ""
+        raise RunError(f"a training worker {how}{hint} while clients {clients} were in training")
+
+    def _start(self) -> _Arena:
+        self._arena = arena = _Arena(self._client, 2 * self._count)
+        read, self._tasks = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        workers: list[_Worker] = []
+        self._workers = workers
+        owned = [self._tasks]
+        self._finalizer = weakref.finalize(self, _end, workers, owned, os.getpid())
+        for _ in range(self._count):
+            results, write = os.pipe()
+            with warnings.catch_warnings():
+                # Other threads (OpenMP's, a progress bar's) do not exist in the child, and it calls nothing of theirs.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+            if pid == 0:
+                for file in (results, *owned, *(w.results for w in workers)):
+                    os.close(file)
+                _serve(self._client, arena, read, write)
+            os.close(write)
+            workers.append(_Worker(pid, results))
+        os.close(read)
+        return arena
+
+
+def _end(workers: list[_Worker], owned: list[int], owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a process forked by somebody else has no say
+    for worker in workers:
+        try:
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitpid(worker.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        os.close(worker.results)
+    for file in owned:
+        os.close(file)
+    workers.clear()
+    owned.clear()
+
+
+def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
+    """A worker's life: until its parent closes the tasks' pipe, or is gone."""
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+        gc.freeze()
+        torch.set_num_threads(1)
+        layout, vector = client.layout, client.step.vector
+        while record := os.read(read, _TASK.size):
+            position, slot, number, key = _TASK.unpack(record)
+            kind, text, outcome = _DONE, "", Outcome(0, 0.0, None)
+            task = arena.task(slot, number, key)
+            try:
+                controls = dict(zip(arena.control, arena.controls, strict=True))
+                outcome = client.train(arena.theta, task, controls)
+                kind, text = (_FAILED, outcome.failure) if outcome.failure else (_DONE, "")
+            except Exception as error:
+                kind, text = _RAISED, explain(number, error)
+            with torch.no_grad():
+                row = arena.rows[slot]
+                torch.sub(vector[layout.shared], arena.theta, out=row[: arena.columns])
+                row[arena.columns : arena.width] = torch.cat(
+                    (vector[: layout.shared.start], vector[layout.shared.stop :])
+                )
+            note = text.encode()[:2000].decode(errors="ignore").encode()
+            os.write(write, _RESULT.pack(position, slot, outcome.steps, outcome.loss, kind, len(note)) + note)
+        status = 0
+    finally:
+        os._exit(status)

@@ -1,0 +1,131 @@
+"""Kill a real run at any moment; resumed, it ends at the same weights as one that was never broken, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fedkeel
+from fedkeel.ship import card
+
+JOB = {
+    "name": "broken",
+    "rounds": 12,
+    "data": {"clients": 12, "partition": "dirichlet(alpha=1.0)", "holdout": 0.2},
+    "model": {"build": "mlp(hidden=(16,))", "private": ("*.bias",)},
+    "select": {"cohort": 5},
+    "server": {"optimiser": "momentum(lr=1.0, beta=0.5)"},
+    "client": {"transforms": ("clip(norm=2.0)",)},
+    "attack": {"rule": "gaussian(std=0.1)", "clients": 2},
+    "record": {"checkpoint_every": 2},
+}
+PROGRAM = """
+import sys, fedkeel
+job = fedkeel.load(sys.argv[1])
+seen = []
+def watch(progress):
+    print(progress.round, flush=True)
+    if progress.round == int(sys.argv[3]):
+        import time; time.sleep(float(sys.argv[4]))
+fedkeel.run(job, sys.argv[2], watch=watch, with_report=False)
+"""
+
+
+def job(backend: str) -> fedkeel.Job:
+    return fedkeel.Job(**{**JOB, "train": {"backend": backend, "batch_size": 8, "workers": 2}})
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> dict[str, fedkeel.Run]:
+    root = tmp_path_factory.mktemp("unbroken")
+    return {b: fedkeel.run(job(b), root / b, with_report=False) for b in ("loop", "traced", "rows")}
+
+
+@pytest.mark.parametrize(
+    ("backend", "at", "delay"),
+    [
+        ("traced", 0, 0.0),
+        ("traced", 1, 0.05),
+        ("traced", 5, 0.02),
+        ("traced", 12, 0.0),
+        ("loop", 7, 0.1),
+        ("rows", 4, 0.03),
+    ],
+)
+def test_a_killed_run_resumes_bit_for_bit(unbroken, tmp_path, backend, at, delay):
+    """`at`: the round after which the kill comes, `delay` seconds on: in training, in writing, in between."""
+    (tmp_path / "job.toml").write_text(job(backend).to_toml())
+    place = tmp_path / "run"
+    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(place), str(at), str(2 * delay)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == at:
+                break
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+    whole = unbroken[backend]
+    resumed = fedkeel.resume(place, with_report=False)
+    assert resumed.state.theta.numpy().tobytes() == whole.state.theta.numpy().tobytes()
+    assert card.read(place / "model")[0].lineage.fingerprint == card.read(whole.path / "model")[0].lineage.fingerprint
+    assert without_time(resumed.metrics) == without_time(whole.metrics)
+    assert without_time(resumed.rounds) == without_time(whole.rounds)
+    assert without_time(resumed.updates) == without_time(whole.updates)
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if k not in ("wall", "seconds")} for row in rows]
+
+
+def test_the_workers_of_a_killed_run_do_not_outlive_it(tmp_path):
+    (tmp_path / "job.toml").write_text(job("traced").to_toml())
+    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(tmp_path / "run"), "2", "60"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 2:
+                break
+        process.kill()  # the parent alone, as the out-of-memory killer would
+    deadline = time.monotonic() + 20
+    while group := _members(process.pid):
+        assert time.monotonic() < deadline, f"still running: {group}"
+        time.sleep(0.1)
+
+
+def _members(group: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_finished_run_is_returned_as_it_is(unbroken):
+    run = unbroken["loop"]
+    before = (run.path / "model" / "model.safetensors").stat().st_mtime_ns
+    assert fedkeel.resume(run.path).path == run.path
+    assert (run.path / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_in_use_is_not_resumed_by_another_process(tmp_path):
+    (tmp_path / "job.toml").write_text(job("loop").to_toml())
+    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(tmp_path / "run"), "1", "60"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 1:
+                break
+        with pytest.raises(fedkeel.RunError, match="in use by process"):
+            fedkeel.resume(tmp_path / "run")
+        os.killpg(process.pid, signal.SIGKILL)

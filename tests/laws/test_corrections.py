@@ -1,0 +1,119 @@
+"""The laws of corrections, for every registered one; and that every backend applies them alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import vmap
+from train_cases import CASES, data_of, module_of, tasks_of, work_of
+
+from fedkeel.core.layout import Layout
+from fedkeel.core.registry import Rule, build, definition, names, rule
+from fedkeel.train import make_trainer
+
+PARAMETERS: dict[str, dict[str, float]] = {"l2": {"coef": 0.3}}
+RULES = [build("correction", name, **PARAMETERS.get(name, {})) for name in names("correction")]
+
+
+@rule("correction", name="test_drift", traits=("elementwise", "memory", "control"))
+def drift(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Tensor | None) -> Tensor:
+    """Uses all that a correction may use, column by column."""
+    assert c_i is not None
+    assert c is not None
+    return g - c_i + 2 * c + 0.3 * (theta - theta0)
+
+
+@rule("correction", name="test_clip")
+def clip(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Tensor | None) -> Tensor:
+    """Looks at the whole gradient: its norm becomes 0.1 at most."""
+    assert c_i is None
+    return g * (0.1 / g.norm(dim=-1, keepdim=True)).clamp(max=1.0)
+
+
+def arguments(rule: Rule, *rows: int) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    found: list[Tensor | None] = [torch.randn(*rows, 17, generator=generator) for _ in range(5)]
+    for position, trait in ((3, "memory"), (4, "control")):
+        if trait not in rule.definition.traits:
+            found[position] = None
+    return found
+
+
+@pytest.mark.parametrize("correction", RULES, ids=repr)
+def test_any_leading_rows_are_corrected_one_by_one(correction: Rule) -> None:
+    given = arguments(correction, 2, 3)
+    whole = correction(*given)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(whole[i, j], correction(*(a if a is None else a[i, j] for a in given)))
+    mapped = vmap(lambda *a: correction(*a), in_dims=tuple(None if a is None else 0 for a in given))
+    torch.testing.assert_close(mapped(*given), whole)
+
+
+@pytest.mark.parametrize("correction", RULES, ids=repr)
+def test_arguments_are_left_alone_and_shape_and_type_kept(correction: Rule) -> None:
+    given = arguments(correction, 4)
+    before = [None if a is None else a.clone() for a in given]
+    result = correction(*given)
+    assert result.shape == (4, 17)
+    assert result.dtype == torch.float32
+    assert all(a is None or torch.equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("correction", [r for r in RULES if "elementwise" in r.definition.traits], ids=repr)
+def test_elementwise_means_column_by_column(correction: Rule) -> None:
+    given = arguments(correction)
+    whole = correction(*given)
+    for j in range(17):
+        torch.testing.assert_close(whole[j : j + 1], correction(*(a if a is None else a[j : j + 1] for a in given)))
+
+
+def test_l2_is_the_gradient_of_half_the_squared_norm() -> None:
+    theta = torch.randn(9, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    (expected,) = torch.autograd.grad(0.3 / 2 * theta.square().sum(), theta)
+    corrected = build("correction", "l2", coef=0.3)(torch.zeros(9), theta.detach(), torch.zeros(9), None, None)
+    torch.testing.assert_close(corrected, expected)
+
+
+def test_none_changes_nothing() -> None:
+    g = torch.randn(5)
+    assert torch.equal(build("correction", "none")(g, g, g, None, None), g)
+    assert definition("correction", "none").signature == "none"
+
+
+@pytest.mark.parametrize("backend", ["loop", "traced", "rows"])
+@pytest.mark.parametrize("chain", [("test_drift",), ("test_clip",), ("test_drift", "l2", "test_clip")], ids=str)
+@pytest.mark.parametrize("name", ["mlp", "private", "cnn", "viewing"])
+def test_every_backend_corrects_as_the_formula_says(name: str, chain: tuple[str, ...], backend: str) -> None:
+    """Against plain SGD on the formula, written out: memory and control reach the right columns."""
+    case = CASES[name]
+    rules = [build("correction", r, **PARAMETERS.get(r, {})) for r in chain]
+    module, data = module_of(case), data_of(case, (8, 5))
+    layout, work = Layout.of(module, case.private), work_of(case, *rules)
+    theta = layout.flatten(module)[layout.shared]
+    control = {"test_drift": torch.linspace(-0.1, 0.1, layout.columns)}
+    tasks = tasks_of(data, layout, ("test_drift",))
+    trainer = make_trainer(backend, module, layout, data, work, workers=1)
+    found = {t.client: t.delta.clone() for t in trainer.train(theta, tasks, control)}
+    none = torch.zeros(layout.width)
+    for task in tasks:
+        c_i, c = none.clone(), none.clone()
+        c_i[layout.shared], c[layout.shared] = task.memory["test_drift"], control["test_drift"]
+        vector = layout.flatten(module)
+        vector[layout.shared] = theta
+        if task.private is not None:
+            vector[: layout.shared.start] = task.private
+        start0, T = vector.clone(), layout.trainable
+        start, stop = data.range(task.client)
+        order = torch.randperm(stop - start, generator=task.key.fold("batches", 0).torch()) + start
+        for batch in order.split(work.batch_size):
+            leaf = vector.clone().requires_grad_()
+            out = torch.func.functional_call(module, layout.views(leaf), (data.prepare(data.x[batch]),))
+            (g,) = torch.autograd.grad(work.loss(out, data.y[batch]).mean(), leaf)
+            g = g[T]
+            for r in rules:
+                uses = "memory" in r.definition.traits
+                g = r(g, vector[T], start0[T], c_i[T] if uses else None, c[T] if uses else None)
+            vector[T] -= work.lr * g
+        torch.testing.assert_close(found[task.client], (vector - start0)[layout.shared], rtol=1e-4, atol=2e-6)
