@@ -9,7 +9,7 @@ from torch import Tensor
 import fedkeel
 
 
-@fedkeel.rule("reducer", needs=lambda trim: 2 * trim + 1, traits=("coordinatewise",))
+@fedkeel.rule("reducer", needs=lambda trim: 2 * trim + 1, traits=("coordinatewise", "unweighted"))
 def winsorised(U: Tensor, w: Tensor, *, trim: int = 1) -> Tensor:
     """Pull each column's `trim` lowest and highest values to the nearest kept one, then average. Weights are ignored."""
     rows = U[w > 0]
@@ -17,7 +17,7 @@ def winsorised(U: Tensor, w: Tensor, *, trim: int = 1) -> Tensor:
         raise fedkeel.CohortError(f"winsorised(trim={trim}) needs {2 * trim + 1} rows, {len(rows)} have weight")
     ordered = rows.sort(dim=0).values
     low, high = ordered[trim], ordered[len(rows) - 1 - trim]
-    return torch.minimum(torch.maximum(rows, low), high).mean(dim=0)
+    return torch.minimum(torch.maximum(rows, low), high).to(torch.float64).mean(dim=0).to(U.dtype)
 
 
 @fedkeel.rule("check", traits=("header",))

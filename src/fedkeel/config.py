@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkeel.core.errors import InputError, nearest
 from fedkeel.core.registry import Rule, parse
+from fedkeel.core.semver import SEMVER
 
 Positive = Annotated[int, Field(ge=1)]
 DEFAULT_CHECKS = ("layout", "version", "claims", "duplicate", "replayed", "finite")
@@ -129,6 +130,8 @@ class Job(Section):
             super().__init__(**_tuples(values))
         except ValidationError as error:
             raise InputError(_sentence(error)) from None
+        if not SEMVER.fullmatch(self.model.version):
+            raise InputError(f"model.version = '{self.model.version}' is no semantic version: write it as '1.0.0'")
         if self.attack.clients > self.data.clients:
             raise InputError(
                 f"attack.clients = {self.attack.clients} is more than data.clients = {self.data.clients}: lower it"

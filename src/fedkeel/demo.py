@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +14,7 @@ from fedkeel import api
 from fedkeel.config import Job
 from fedkeel.watch import figure, watching
 
-BASE = {
+BASE: dict[str, Any] = {
     "name": "demo",
     "rounds": 30,
     "data": {"source": "digits", "partition": "dirichlet(alpha=0.3)", "clients": 50},
@@ -21,7 +22,7 @@ BASE = {
     "train": {"batch_size": 10, "lr": 0.2, "stopping": "epochs(epochs=2)"},
 }
 HOSTILE = {"rule": "sign_flip(scale=5.0)", "clients": 10}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain mean, no attack": {},
     "plain mean, 10 of 50 hostile": {"attack": HOSTILE},
     "checks + trimmed mean, 10 of 50 hostile": {

@@ -57,7 +57,9 @@ class Layout:
         found: list[Entry] = []
         seen: set[str] = set()
         persistent = module.state_dict(keep_vars=True).keys()
-        tensors = [(n, p, True) for n, p in module.named_parameters() if p.requires_grad]
+        tensors: list[tuple[str, Tensor, bool]] = [
+            (n, p, True) for n, p in module.named_parameters() if p.requires_grad
+        ]
         tensors += [(n, b, False) for n, b in module.named_buffers() if n in persistent and not _integral(b)]
         for name, tensor, trainable in tensors:
             if tensor.is_complex():
@@ -94,7 +96,7 @@ class Layout:
     @cached_property
     def columns(self) -> int:
         """P: the columns of an update."""
-        return self.shared.stop - self.shared.start
+        return sum(e.size for e in self.entries if e.kind != "private")
 
     @cached_property
     def trainable(self) -> slice:
@@ -105,7 +107,7 @@ class Layout:
     def shared(self) -> slice:
         """Columns of the full vector that travel."""
         start = sum(e.size for e in self.entries if e.kind == "private" and e.trainable)
-        return slice(start, start + sum(e.size for e in self.entries if e.kind != "private"))
+        return slice(start, start + self.columns)
 
     @cached_property
     def params(self) -> slice:
@@ -130,9 +132,7 @@ class Layout:
             raise ValueError(f"a vector of {vector.shape[-1]} columns fits neither W={self.width} nor P={self.columns}")
         shift = 0 if full else self.shared.start
         return {
-            e.name: vector[..., s.start - shift : s.stop - shift].unflatten(-1, e.shape)
-            if e.shape
-            else vector[..., s.start - shift]
+            e.name: vector[..., s.start - shift : s.stop - shift].view((*vector.shape[:-1], *e.shape))
             for e in self.entries
             if full or e.kind != "private"
             for s in (self.offsets[e.name],)

@@ -40,7 +40,7 @@ def share(columns: int, size: int, work: Callable[[Iterator[slice]], None]) -> N
 def partials(columns: int, size: int, work: Callable[[slice], T]) -> list[T]:
     """`work` on consecutive ranges of columns, at least `size` each, results in order.
 
-    The ranges depend on `columns` and `size` alone, not on the number of workers, so a sum of the results does not either.
+    The ranges depend on `columns` and `size` alone, so a sum of the results does not depend on the number of workers.
     """
     parts = list(spans(slice(0, columns), max(-(-columns // _PARTS), size, 1)))
     workers = min(torch.get_num_threads(), len(parts))

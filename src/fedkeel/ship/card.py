@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +14,10 @@ from torch import Tensor
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.layout import Layout
+from fedkeel.core.semver import SEMVER
 from fedkeel.ship import files, tensors
 
 _FORMAT = 1
-# semver.org's own expression, with its numbered groups.
-_SEMVER = re.compile(
-    r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
-    r"(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?"
-    r"(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,7 @@ class ModelCard:
     lineage: Lineage
 
     def __post_init__(self) -> None:
-        if not _SEMVER.fullmatch(self.version):
+        if not SEMVER.fullmatch(self.version):
             raise InputError(f"model version '{self.version}' is no semantic version: write it like '1.0.0'")
 
     @property

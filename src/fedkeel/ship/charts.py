@@ -197,10 +197,12 @@ def grid(title: str, cells: Grid, key: str, *, truth: bool, note: str = "") -> C
     return Chart(title, _svg(figure, key, f"{title}: clients down, rounds across."), tuple(legend), note)
 
 
-def holdings(title: str, histogram: Mapping[str, Any], key: str, *, note: str = "") -> Chart:
+def holdings(
+    title: str, histogram: Sequence[Sequence[int]], labels: Sequence[str], key: str, *, note: str = ""
+) -> Chart:
     """Clients across, classes down: the deeper, the more examples (square root, the eye's own scale for areas)."""
-    counts = np.array(histogram["counts"], dtype=float)
-    classes = [str(name) for name in histogram.get("classes", range(counts.shape[1]))]
+    counts = np.array(histogram, dtype=float)
+    classes = labels if len(labels) == counts.shape[1] else [str(i) for i in range(counts.shape[1])]
     figure, axes = _figure(min(196, 40 + 15 * len(classes)), left=44)
     wide = -(-len(counts) // CELLS)
     binned = np.stack([counts[i : i + wide].sum(0) for i in range(0, len(counts), wide)])

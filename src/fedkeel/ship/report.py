@@ -158,9 +158,8 @@ def _comparison(runs: Sequence[Run], keys: Iterator[str]) -> list[charts.Chart]:
 
 def _band(run: Run) -> str:
     """What bars and bands mean, if anything has them."""
-    if not any(p.low is not None for points in run.series.values() for p in points):
-        return ""
-    return f"Bars and bands: {words.short(str(run.meta.get('interval', 'the interval of the evaluation')), 120)}."
+    has = any(p.low is not None for points in run.series.values() for p in points)
+    return "Bars and bands: 95% interval over the test examples." if has else ""
 
 
 def _view(run: Run, index: int, first: Run, keys: Iterator[str]) -> dict[str, Any]:
@@ -168,7 +167,6 @@ def _view(run: Run, index: int, first: Run, keys: Iterator[str]) -> dict[str, An
     percent = words.is_share(run.main or "")
     final = run.final or Point(0, None)
     counts, time = run.counts, words.duration(sum(run.parts.values())) if run.parts else "unknown"
-    hidden = {"label_histogram", "recipe", "interval"}
     base = {field.name: getattr(run, field.name) for field in fields(run)}
     return base | {
         "mark": charts.mark(index),
@@ -188,8 +186,8 @@ def _view(run: Run, index: int, first: Run, keys: Iterator[str]) -> dict[str, An
         "admission": _admission(run, keys),
         "data": _data(run, keys),
         "cost": _cost(run, keys, time),
-        "recipe": str(run.meta.get("recipe", "")),
-        "facts": [(key, str(value)) for key, value in run.meta.items() if key not in hidden],
+        "plan": run.meta.get("plan", ()),
+        "facts": [(key, str(value)) for key, value in run.meta.items() if isinstance(value, str | int | float)],
     }
 
 
@@ -269,11 +267,11 @@ def _admission(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
 
 def _data(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
     histogram = run.meta.get("label_histogram")
-    if not isinstance(histogram, dict) or not histogram.get("counts"):
+    if not histogram:
         return []
-    total = sum(map(sum, histogram["counts"]))
-    note = f"{words.count(total, 'example')}; the deeper the cell, the more examples of the class."
-    return [charts.holdings("Examples of each class at each client", histogram, next(keys), note=note)]
+    note = f"{words.count(sum(map(sum, histogram)), 'example')}; the deeper the cell, the more examples of the class."
+    labels = [str(name) for name in run.meta.get("labels", ())]
+    return [charts.holdings("Examples of each class at each client", histogram, labels, next(keys), note=note)]
 
 
 def _cost(run: Run, keys: Iterator[str], time: str) -> list[charts.Chart]:

@@ -123,7 +123,11 @@ class Run:
 
 
 def load(path: Path | str, label: str | None = None) -> Run:
-    """Read a run directory. Raises `InputError` when there is none, or its ledger is not whole."""
+    """Read a run directory. Raises `InputError` when there is none, or its ledger is not whole.
+
+    Of the ledger's meta the report knows: job (name), plan ((stage, rules), ...), label_histogram (clients x classes),
+    labels (names of the classes); what else is short is shown as it is.
+    """
     run = RunDir(path)
     with run.ledger(readonly=True) as ledger:
         meta = ledger.meta
@@ -136,7 +140,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
         series = _series(ledger)
         step = max(1, math.ceil((last - first + 1) / CELLS))
         return Run(
-            label=label or str(meta.get("name") or run.path.resolve().name),
+            label=label or str(meta.get("job") or run.path.resolve().name),
             path=run.path.resolve(),
             job=run.job.read_text("utf-8", errors="replace"),
             meta=meta,

@@ -1,0 +1,29 @@
+"""The laws of each kind of rule, public: `check("reducer", build("reducer", "my_rule"))` runs them on your own rule.
+
+A law is a plain function that takes a built rule and raises `AssertionError` with the counterexample in words. It holds
+for a kind, or for the rules of a kind that claim a trait. `@law(kind)` and `@law(kind, trait)` add one; the modules here
+hold those of one kind each.
+"""
+
+from fedkeel.testing import attacks, reducers, row_transforms, server_optimisers, weighers
+from fedkeel.testing.harness import LAWS, Law, check, cohort, hold, law, laws, near, repeatable, rows, same, sample
+
+__all__ = [
+    "LAWS",
+    "Law",
+    "attacks",
+    "check",
+    "cohort",
+    "hold",
+    "law",
+    "laws",
+    "near",
+    "reducers",
+    "repeatable",
+    "row_transforms",
+    "rows",
+    "same",
+    "sample",
+    "server_optimisers",
+    "weighers",
+]
