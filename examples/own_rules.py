@@ -33,7 +33,7 @@ if __name__ == "__main__":
     testing.check("reducer", fedkeel.build("reducer", "winsorised", trim=1))
     job = fedkeel.Job(
         name="own-rules",
-        rounds=10,
+        rounds=25,
         data={"source": "digits", "clients": 10, "partition": "iid"},
         attack={"rule": "sign_flip(scale=5.0)", "clients": 1},
         aggregate={"checks": ("finite", "quick_worker(least=2)"), "reduce": "winsorised(trim=1)"},

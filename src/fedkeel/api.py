@@ -173,6 +173,7 @@ class _Record:
 
     def checkpoint(self, state: ServerState, memory: ClientMemory) -> None:
         digest = self.federation.layout.digest
+        self.ledger.sync()  # a checkpoint must never be newer than the ledger, even after a power cut
         checkpoint.save(self.directory.checkpoints, state, memory, {}, layout_digest=digest)
         checkpoint.prune(self.directory.checkpoints)
 

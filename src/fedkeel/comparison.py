@@ -101,7 +101,7 @@ def compare(
         {"label": v.label, "seeds": len(v.values), "mean": v.mean, "low": v.low, "high": v.high, "curves": v.curve}
         for v in found
     ]
-    page = write_comparison(root / "report.html", rows, settings=job.to_toml())
+    page = write_comparison(root / "report.html", rows, metric=metric, settings=job.to_toml())
     return Comparison(metric, tuple(found), table, page)
 
 

@@ -81,6 +81,8 @@ def test_natural_order():
         (words.difference(Point(1, 0.1), Point(1, 0.9), True), "\N{MINUS SIGN}80.0 points"),
         (words.short("a\nb" * 9, 8), "a\\nba\\n…"),
         (words.verdict(Counts(True, 2, 9, 5, 0, 0, 7)), "2 hostile clients sent 7 updates: every one was refused."),
+        (words.verdict(Counts(True, 1, 9, 5, 2, 1, 0)),
+         "1 hostile client sent 1 update: every one was admitted. 2 of 7 honest updates were refused."),
         (words.verdict(Counts(True, 0, 9, 5, 2, 0, 0)), "No client was hostile: 2 of 7 updates were refused."),
         (words.verdict(Counts(False, 0, 9, 5, 0, 0, 0)), "All 5 updates were admitted."),
     ],

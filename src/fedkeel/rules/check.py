@@ -61,8 +61,8 @@ def duplicate(update: Update, door: Door) -> str | None:
 
 @rule("check")
 def replayed(update: Update, door: Door) -> str | None:
-    """Refuse a payload that repeats, bit for bit, the one last admitted from this client."""
-    if door.last_payload.get(update.claims.client) == update.payload_digest.hex():
+    """Refuse a payload that repeats, bit for bit, the one last admitted from this client; zero updates may repeat."""
+    if update.norm > 0 and door.last_payload.get(update.claims.client) == update.payload_digest.hex():
         return "its payload repeats the last one admitted from this client, bit for bit"
     return None
 

@@ -52,15 +52,16 @@ def geometric_median(
     U: Tensor,
     w: Tensor,
     *,
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-12,
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-7,
     max_steps: Annotated[int, Field(ge=1)] = 1000,
 ) -> Tensor:
     """The point with the least weighted sum of distances to the rows: RFA (Pillutla, Kakade and Harchaoui 2022).
 
-    Their smoothed Weiszfeld iteration (algorithm 2), until a step betters the sum by less than `tolerance` of it. The
-    point is kept as a convex combination c of the rows, so a step costs n^2, not n * P: with G the Gram matrix about a
-    central row, |z - U_j|^2 = c'Gc - 2 (Gc)_j + G_jj. Distances are smoothed at 1e-6 of their typical size (the paper's
-    nu is absolute), so that the result scales with the rows.
+    Their smoothed Weiszfeld iteration (algorithm 2). The point is kept as a convex combination c of the rows, so a step
+    costs n^2, not n * P: with G the Gram matrix about a central row, |z - U_j|^2 = c'Gc - 2 (Gc)_j + G_jj. It ends with
+    a step shorter than `tolerance` times the typical distance from the central row; distances are smoothed at 1e-6 of
+    that (the paper's nu is absolute), so the result scales with the rows. The paper stops by the sum of distances,
+    whose digits one far row takes.
     """
     rows = _used(U, w, 1, "geometric_median")
     shares = _shares(w.to(U.device)[rows])
@@ -84,15 +85,13 @@ def _weiszfeld(G: Tensor, w: Tensor, lengths: Tensor, typical: float, tolerance:
         return w
     smooth = 1e-6 * typical
     c = _shares(w / lengths.clamp(min=typical))
-    best = torch.inf
     for _ in range(max_steps):
         Gc = G @ c
         lengths = (c @ Gc - 2 * Gc + G.diagonal()).clamp_(min=0).sqrt_()
-        total = float(w @ lengths)
-        if best - total <= tolerance * total:
+        before, c = c, _shares(w / lengths.clamp_(min=smooth))
+        step = c - before
+        if float(step @ (G @ step)) <= (tolerance * typical) ** 2:
             break
-        best = total
-        c = _shares(w / lengths.clamp_(min=smooth))
     return c
 
 

@@ -117,5 +117,6 @@ def verdict(counts: Counts) -> str:
         fate = "every one was refused"
     said = f"{who} sent {count(counts.hostile, 'update')}: {fate}."
     if counts.honest_refused:
-        said += f" {counts.honest_refused:,} of {count(counts.honest, 'honest update')} were refused with them."
+        too = " too" if counts.hostile_refused else ""
+        said += f" {counts.honest_refused:,} of {count(counts.honest, 'honest update')} were refused{too}."
     return said

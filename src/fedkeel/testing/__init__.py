@@ -1,7 +1,7 @@
 """The laws of each kind of rule, public: `check("reducer", build("reducer", "my_rule"))` runs them on your own rule.
 
-A law is a plain function that takes a built rule and raises `AssertionError` with the counterexample in words. It holds
-for a kind, or for the rules of a kind that claim a trait. `@law(kind)` and `@law(kind, trait)` add one; the modules here
+A law is a plain function that takes a built rule and raises `AssertionError` with the counterexample in words: a law
+of a kind, or of the rules of a kind that claim a trait. `@law(kind)` and `@law(kind, trait)` add one; the modules here
 hold those of one kind each.
 """
 

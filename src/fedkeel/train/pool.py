@@ -5,6 +5,7 @@ Threads would do on large models; on small ones they lose to the interpreter's l
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
 import os
@@ -243,12 +244,21 @@ def _end(workers: list[_Worker], owned: list[int], owner: int) -> None:
     owned.clear()
 
 
+def _keep_memory() -> None:
+    """Let malloc keep what is freed: a step's buffers are asked for again, and fresh pages cost more than its sums."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(parameter, 1 << 30)
+
+
 def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
     """A worker's life: until its parent closes the tasks' pipe, or is gone."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
         gc.freeze()
+        _keep_memory()
         torch.set_num_threads(1)
         layout, vector = client.layout, client.step.vector
         while record := os.read(read, _TASK.size):
