@@ -141,18 +141,26 @@ def rule(
             raise RegistrationError(f"{kind} '{label}' is registered already: choose another name")
         signature = inspect.signature(function)
         parameters = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-        hints = typing.get_type_hints(function, include_extras=True)
-        for parameter in parameters:
-            if parameter not in hints:
-                raise RegistrationError(f"{kind} '{label}': parameter '{parameter}' needs a type annotation")
+        hints = {p.name: _annotation(function, p, f"{kind} '{label}'") for p in parameters.values()}
         if not function.__doc__:
             raise RegistrationError(f"{kind} '{label}' needs a docstring: its first line is the help users read")
-        _rules[kind][label] = Definition(
-            kind, label, function, parameters, {p: hints[p] for p in parameters}, needs, init, frozenset(traits)
-        )
+        _rules[kind][label] = Definition(kind, label, function, parameters, hints, needs, init, frozenset(traits))
         return function
 
     return register
+
+
+def _annotation(function: Callable[..., Any], parameter: inspect.Parameter, where: str) -> Any:
+    """The type of a parameter; only these are evaluated, so the contract's types need not be importable."""
+    hint = parameter.annotation
+    if hint is parameter.empty:
+        raise RegistrationError(f"{where}: parameter '{parameter.name}' needs a type annotation")
+    if isinstance(hint, str):  # from __future__ import annotations
+        try:
+            return eval(hint, function.__globals__, inspect.getclosurevars(function).nonlocals)
+        except Exception as error:
+            raise RegistrationError(f"{where}: the type of parameter '{parameter.name}' is unknown: {error}") from None
+    return hint
 
 
 def names(kind: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -73,58 +73,82 @@ class Simulator:
         )
         self._index = {name: i for i, name in enumerate(federation.names)}
         self._private = federation.private()
-        self._events: list[tuple[float, int, _Outcome | None]] = []
-        self._order = itertools.count()
+        self._now = self.server.state.round * ROUND_SECONDS
+        self._events: list[tuple[float, int, int, _Outcome | None]] = []
+        self._ticks = itertools.count()
         self._seconds: dict[str, float] = {}
         self._sent_down = 0
 
     def run(self) -> ServerState:
         """To the end. The clock is virtual: it jumps from event to event."""
-        now = float(self.server.state.round) * ROUND_SECONDS
-        pending = self.coordinator.start(now)
+        pending = self.coordinator.start(self._now)
         while True:
-            if self._carry_out(pending, now):
+            starting = [c for c in pending if isinstance(c, orders.Train)]
+            if any([self._obey(c) for c in pending]):
                 return self.server.snapshot()
-            now, _, outcome = heapq.heappop(self._events)
-            started = time.perf_counter()
-            if outcome is None:
-                pending = self.coordinator.on_tick(now)
-            elif outcome.data is None:
-                pending = self.coordinator.on_failure(outcome.client, outcome.task, outcome.why, now, stage="train")
-            else:
-                pending = self.coordinator.on_message(outcome.client, outcome.data, now)
-            self._spent("aggregate", started)
+            pending = self._work(starting) if starting else []
+            if not pending:
+                self._now, *_, outcome = heapq.heappop(self._events)
+                pending = self._deliver(outcome)
 
-    def _carry_out(self, commands: Iterable[Command], now: float) -> bool:
-        """Carry out commands in order; True once the federation is over. All who start together train together."""
-        starting: list[orders.Train] = []
-        for command in commands:
-            match command:
-                case orders.Train():
-                    starting.append(command)
-                case orders.Record(report):
-                    self.recorder.round(replace(report, seconds=self._seconds, bytes_down=self._sent_down))
-                    self._seconds, self._sent_down = {}, 0
-                case orders.Evaluate(round, version):
-                    started = time.perf_counter()
-                    values, examples = self.federation.evaluate(self.server.state.theta, self.memory)
-                    self.recorder.metrics(round, version, values, examples)
-                    self._spent("evaluate", started)
-                case orders.Checkpoint():
-                    started = time.perf_counter()
-                    self.recorder.checkpoint(self.server.snapshot(), self.memory)
-                    self._spent("checkpoint", started)
-                case orders.Wait(until):
-                    heapq.heappush(self._events, (until, next(self._order), None))
-                case orders.Done():
-                    return True
-        if starting:
-            started = time.perf_counter()
-            for outcome in self._train(starting):
-                heapq.heappush(self._events, (now + ROUND_SECONDS, outcome.task, outcome))
-            self._sent_down += 4 * self.federation.layout.columns * len(starting)
-            self._spent("train", started)
-        return False
+    def _obey(self, command: Command) -> bool:
+        """Carry out a command other than Train; True when the federation is over."""
+        started = time.perf_counter()
+        match command:
+            case orders.Record(report):
+                self.recorder.round(replace(report, seconds=self._seconds, bytes_down=self._sent_down))
+                self._seconds, self._sent_down = {}, 0
+                self._spent("record", started)  # of the round before: its own row is written already
+            case orders.Evaluate(round, version):
+                values, examples = self.federation.evaluate(self.server.state.theta, self.memory)
+                self.recorder.metrics(round, version, values, examples)
+                self._spent("evaluate", started)
+            case orders.Checkpoint():
+                self.recorder.checkpoint(self.server.snapshot(), self.memory)
+                self._spent("record", started)
+            case orders.Wait(until):
+                self._expect(until, None)
+        return isinstance(command, orders.Done)
+
+    def _work(self, starting: list[orders.Train]) -> list[Command]:
+        """Train all who start together, and return what the coordinator wants done about their answers.
+
+        An answer that nothing on the clock comes before is delivered while the others still train, and its bytes let
+        go: at most the server's own matrix of rows is held. What the server makes of them does not depend on order.
+        """
+        arrival = self._now + ROUND_SECONDS
+        self._sent_down += 4 * self.federation.layout.columns * len(starting)
+        wanted: list[Command] = []
+        started, before = time.perf_counter(), self._seconds.get("aggregate", 0.0)
+        for outcome in self._train(starting):
+            if wanted or (self._events and self._events[0][0] <= arrival):
+                self._expect(arrival, outcome)
+                continue
+            self._now = arrival
+            for command in self._deliver(outcome):
+                if isinstance(command, orders.Wait):
+                    self._expect(command.until, None)
+                else:
+                    wanted.append(command)
+        self._spent("train", started + self._seconds.get("aggregate", 0.0) - before)
+        return wanted
+
+    def _expect(self, at: float, outcome: _Outcome | None) -> None:
+        """Put an event on the clock. At the same time, answers come before ticks, in the order of their tasks."""
+        rank = (1, next(self._ticks)) if outcome is None else (0, outcome.task)
+        heapq.heappush(self._events, (at, *rank, outcome))
+
+    def _deliver(self, outcome: _Outcome | None) -> list[Command]:
+        """Tell the coordinator what happened: an answer, a failure, or (None) that the time has come."""
+        started = time.perf_counter()
+        if outcome is None:
+            commands = self.coordinator.on_tick(self._now)
+        elif outcome.data is None:
+            commands = self.coordinator.on_failure(outcome.client, outcome.task, outcome.why, self._now, stage="train")
+        else:
+            commands = self.coordinator.on_message(outcome.client, outcome.data, self._now)
+        self._spent("aggregate", started)
+        return commands
 
     def _train(self, starting: list[orders.Train]) -> Iterator[_Outcome]:
         """Train all who start from the current version, and seal what each one sends."""

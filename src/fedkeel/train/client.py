@@ -15,7 +15,7 @@ from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
 from fedkeel.train.contract import ClientData, LocalWork, Task
 
-CHUNK_BYTES = 1 << 20  # of prepared inputs: gathered at once they save calls, and stay in the cache until used
+CHUNK_BYTES = 1 << 19  # of prepared inputs: gathered at once they save calls, and stay in the cache until used
 
 
 class Step(Protocol):

@@ -23,8 +23,10 @@ class Scale:
     factor: float = 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(torch.float32)
-        return x if (self.shift, self.factor) == (0.0, 1.0) else (x - self.shift) * self.factor
+        if (self.shift, self.factor) == (0.0, 1.0):
+            return x.to(torch.float32)
+        x = x.to(torch.float32, copy=True)  # fresh, so that the rest can be done in place
+        return (x.sub_(self.shift) if self.shift else x).mul_(self.factor)
 
 
 def tokens(x: Tensor) -> Tensor:

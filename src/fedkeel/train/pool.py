@@ -205,6 +205,8 @@ class Pool:
 
     def _start(self) -> _Arena:
         self._arena = arena = _Arena(self._client, 2 * self._count)
+        gc.collect()
+        _glibc("malloc_trim", 0)  # what recording left behind would count for every worker
         read, self._tasks = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -246,10 +248,15 @@ def _end(workers: list[_Worker], owned: list[int], owner: int) -> None:
 
 def _keep_memory() -> None:
     """Let malloc keep what is freed: a step's buffers are asked for again, and fresh pages cost more than its sums."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, 1 << 30)
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        _glibc("mallopt", parameter, 1 << 30)
+
+
+def _glibc(function: str, *args: int) -> None:
+    """Call a function that only glibc has."""
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*args)
 
 
 def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
