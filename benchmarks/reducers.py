@@ -3,9 +3,9 @@
     python benchmarks/reducers.py [--quick] [--json FILE] [--sizes 20x1000000,...] [--repeats 7]
 
 Repeats are interleaved (every implementation once, then again), so that whatever else the machine does hits all alike;
-medians are compared. `memcpy` copies the matrix into memory that is already there; `gemv` is one w @ U. A peer that is not
-installed is named and left out: `benchmarks/peers/setup.sh DIR robust` makes an environment that has both (run this
-script with its Python and PYTHONPATH=src). f = n / 5 rows are hostile; all implementations must agree on the result.
+medians are compared. `memcpy` copies the matrix into memory that is already there; `gemv` is one w @ U. A peer that is
+not installed is named and left out: `benchmarks/peers/setup.sh DIR robust` makes an environment that has both (run this
+script with its Python and PYTHONPATH=src). f = n / 5 rows are hostile; how far results differ from ours is shown.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def byzfl(U: torch.Tensor, f: int) -> dict[str, Implementations]:
 
 
 def flower(U: torch.Tensor, f: int) -> dict[str, Implementations]:
-    """Flower's functions as its strategies call them, for a model of one layer: the message API's and the older ones."""
+    """Flower's functions as its strategies call them, for a model of one layer: the message API's and older ones."""
     from flwr.app import ArrayRecord, MetricRecord, RecordDict
     from flwr.server.strategy import aggregate as older
     from flwr.serverapp.strategy.fedtrimmedavg import trim_mean

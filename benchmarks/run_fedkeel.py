@@ -76,7 +76,9 @@ def main() -> None:
         parts = [row["seconds"] for row in run.rounds][timed.warmup :]
         spent = {part: round(float(np.median([s.get(part, 0.0) for s in parts])), 6) for part in ("train", "aggregate")}
         accuracy = run.final()["value"]
-    rounds.report(timed, "fedkeel", "fedkeel", accuracy, {"backend": backend, "median_seconds": spent})
+    counts = np.diff(arrays["offsets"])[arrays["cohorts"][timed.warmup : timed.total_rounds]].sum(1)
+    settings = {"backend": backend, "median_seconds": spent, "examples_per_round": float(np.median(counts))}
+    rounds.report(timed, "fedkeel", "fedkeel", accuracy, settings)
 
 
 if __name__ == "__main__":

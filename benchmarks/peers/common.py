@@ -151,10 +151,10 @@ def torch_accuracy(model: torch.nn.Module, data: Data) -> float:
     return float((predicted.numpy() == data.test_y).mean())
 
 
-class PeakRss:
-    """Samples the summed resident memory of a process tree four times a second, from a thread.
+class PeakMemory:
+    """Samples the memory of a process tree four times a second, from a thread.
 
-    Pages that several processes of the tree share are counted once for each of them.
+    The sum of the processes' proportional set sizes: pages that several of them share are counted once.
     """
 
     def __init__(self, root: int | None = None) -> None:
@@ -174,8 +174,8 @@ class PeakRss:
         total = 0
         for process in [self._root, *self._root.children(recursive=True)]:
             try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:  # it ended between the listing and the look
+                total += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended between the listing and the look
                 continue
         self._peak = max(self._peak, total)
 
@@ -193,7 +193,7 @@ class Rounds:
     def __init__(self, root: int | None = None) -> None:
         """Start to watch the process tree under `root` (this process by default), whose age is the set-up time."""
         self._created = psutil.Process(root).create_time()
-        self._rss = PeakRss(root)
+        self._memory = PeakMemory(root)
         self._ticks: list[float] = []
         self._setup = 0.0
 
@@ -204,7 +204,7 @@ class Rounds:
 
     def stop(self) -> None:
         """Stop to watch memory: to be called after the last round and before the evaluation."""
-        self.peak_rss_mb = self._rss.stop_mb()
+        self.peak_mb = self._memory.stop_mb()
 
     def report(self, job: Job, peer: str, package: str, accuracy: float, settings: dict[str, Any]) -> None:
         """Print the JSON line; the warm-up rounds count for nothing in it."""
@@ -220,7 +220,7 @@ class Rounds:
             "seconds_per_round": timed,
             "median": statistics.median(timed),
             "setup_seconds": round(self._setup, 3),
-            "peak_rss_mb": self.peak_rss_mb,
+            "peak_mb": self.peak_mb,
             "test_accuracy": round(accuracy, 4),
             "settings": {
                 "clients_per_round": 10,
@@ -230,7 +230,7 @@ class Rounds:
                 "warmup_rounds": job.warmup,
                 "seed": job.seed,
                 "cpus": len(os.sched_getaffinity(0)),
-                "peak_rss": "RSS summed over the process tree every 0.25 s",
+                "peak_memory": "PSS summed over the process tree every 0.25 s",
                 **settings,
             },
         }

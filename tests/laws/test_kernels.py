@@ -53,6 +53,7 @@ def test_networks_are_pruned() -> None:
     assert len(network.plan(20, 9).steps) <= 124
     assert len(network.plan(25, 12).steps) <= 182
     assert len(network.plan(20, 2).steps) <= 102
+    assert len(network.plan(20, 4).steps) <= 132
     assert len(network.plan(20, 0).steps) == 0
 
 
@@ -146,7 +147,7 @@ def assert_distances(U: Tensor) -> Tensor:
     assert D.dtype == torch.float64
     assert torch.equal(D, D.T)
     assert bool((D.diagonal() == 0).all())
-    np.testing.assert_allclose(D.numpy(), plainly(U), rtol=1e-7, atol=1e-300)
+    np.testing.assert_allclose(D.numpy(), plainly(U), rtol=1e-6, atol=1e-300)
     return D
 
 

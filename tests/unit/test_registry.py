@@ -103,6 +103,9 @@ def test_types_read_well():
     found = definition("mixer", "halved_for_tests")
     assert type_name(found.types["keep"]) == "int >= 1"
     assert type_name(found.types["scale"]) == "float"
+    assert type_name(definition("weigher", "multi_krum").types["m"]) == "int >= 1 | None"
+    assert type_name(definition("model", "mlp").types["hidden"]) == "tuple[int >= 1, ...]"
+    assert type_name(definition("source", "digits").types["test_fraction"]) == "float > 0, < 1"
 
 
 def test_the_public_names_are_all_there():

@@ -90,7 +90,7 @@ def test_evaluate_of_numbers_sequences_and_nothing() -> None:
     x = torch.randn(6, 2)
     result = evaluate(module, layout, layout.flatten(module), x, torch.zeros(6), Scale(), MSE)
     assert result["accuracy"] is None
-    assert result["loss"] == pytest.approx(float(module(x).square().mean()), rel=1e-5)
+    assert result["loss"] == pytest.approx(module(x).square().mean().item(), rel=1e-5)
     text = nn.Embedding(5, 5)
     with torch.no_grad():
         text.weight.copy_(torch.eye(5))

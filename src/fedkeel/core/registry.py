@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -232,17 +233,22 @@ def _load(kind: str, registering: str = "") -> None:
 
 
 def type_name(annotation: Any) -> str:
-    """How a parameter's type reads in help: `int >= 1`, `float`, `tuple[int, ...]`."""
+    """How a parameter's type reads in help: `int >= 1`, `float > 0, < 1`, `tuple[int, ...]`, `int | None`."""
     if typing.get_origin(annotation) is typing.Annotated:
         base, *marks = typing.get_args(annotation)
         bounds = [
-            f"{sign} {getattr(mark, attribute)}"
+            f"{sign} {getattr(mark, attribute):g}"
             for info in marks
             for mark in getattr(info, "metadata", [info])
             for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
             if hasattr(mark, attribute)
         ]
-        return " ".join([type_name(base), *bounds])
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
+        return " ".join([type_name(base), ", ".join(bounds)]).strip()
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(map(type_name, parts))
+    if annotation in (types.NoneType, ...):
+        return "..." if annotation is ... else "None"
+    if isinstance(annotation, type | types.GenericAlias):
+        return annotation.__name__ + (f"[{', '.join(map(type_name, parts))}]" if parts else "")
     return str(annotation).replace("typing.", "")

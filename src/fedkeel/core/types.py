@@ -170,8 +170,9 @@ class ClientRow:
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """What one round did; one row set of the ledger. Rounds count from 1. `skipped` says why the model was kept, if it was.
+    """What one round did; one row set of the ledger. Rounds count from 1.
 
+    `skipped` says why the model was kept, if it was.
     `time` is the federation's clock (virtual in the simulator) at close, in seconds; `seconds` the wall time by part.
     `cosine` of a client is between its row and the aggregate, over the parameter columns.
     """

@@ -1,6 +1,7 @@
 """Norms, inner products and distances between rows, right to float32 for any finite float32 rows, 1e38 included.
 
-Columns go through float64 in blocks, so there is never an (n, P) copy; squares of float32 values cannot overflow it.
+Columns go through in blocks, so there is never an (n, P) copy. Sums over columns are float64, which squares of float32
+values cannot overflow.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from fedkeel.kernels import blocks
 
-_BLOCK_VALUES = 1 << 18  # float64 values of one block: 2 MiB
-_PART_VALUES = 1 << 20  # less than this is not worth another worker
+_BLOCK_VALUES = 1 << 18
 _DEVICE_VALUES = 1 << 27  # on a GPU a block only bounds the memory
+_PART_VALUES = 1 << 20  # less than this is not worth another worker
 _MANY_ROWS = 2048  # above, a second (n, n) matrix is not worth it: torch uses its own threads
-_CANCELLED = 1e-7  # a squared distance this small beside the rows' squared norms has lost digits: measure it again
+
+# A squared distance that is this small beside the two rows' squared norms has lost digits: it is measured again.
+_CANCELLED = {torch.float32: 1 / 32, torch.float64: 1e-7}
+_FAINT = 1e-30  # squared norms that float32 products may have underflown in
 
 
 def sq_norms(U: Tensor) -> Tensor:
@@ -24,26 +28,35 @@ def sq_norms(U: Tensor) -> Tensor:
 
     def work(columns: slice) -> Tensor:
         total = torch.zeros(U.shape[0], dtype=torch.float64, device=U.device)
-        for block in _float64_blocks(U, None, columns):
+        for source, block in _blocks(U, None, columns, torch.float64):
+            block.copy_(source)
             total += torch.linalg.vecdot(block, block)
         return total
 
     return _sum_over_columns(U, U.shape[0], work)
 
 
-def gram(U: Tensor, origin: int | None = None, rows: Sequence[int] | None = None) -> Tensor:
+def gram(
+    U: Tensor, origin: int | None = None, rows: Sequence[int] | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Inner products <U_i - o, U_j - o>, (n, n) float64, of the picked `rows` (all by default), without copying them.
 
-    o is row `origin` of those picked, or their mean. Centring comes first, block by block: what the rows have in
-    common cancels exactly before anything is squared.
+    o is row `origin` of those picked, or their mean. Centring comes first, block by block: what the rows have in common
+    cancels before anything is squared. `dtype` is that of the products within a block: float32 is twice as fast, right
+    to some 1e-8 of the rows' squared norms, and overflows above 1e19.
     """
     n = U.shape[0] if rows is None else len(rows)
 
     def work(columns: slice) -> Tensor:
         total = torch.zeros(n, n, dtype=torch.float64, device=U.device)
-        for block in _float64_blocks(U, rows, columns):
-            block -= block.mean(0) if origin is None else block[origin].clone()
-            total.addmm_(block, block.T)
+        share = torch.full((n,), 1 / n, dtype=dtype, device=U.device)
+        for source, block in _blocks(U, rows, columns, dtype):
+            if source.dtype == dtype:
+                torch.sub(source, share @ source if origin is None else source[origin], out=block)
+            else:
+                block.copy_(source)
+                block -= block.mean(0) if origin is None else block[origin].clone()
+            total += block @ block.T
         return total
 
     return _sum_over_columns(U, n, work)
@@ -52,46 +65,63 @@ def gram(U: Tensor, origin: int | None = None, rows: Sequence[int] | None = None
 def sq_distances(U: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     """Squared distances between rows (n, P) -> (n, n) float64, symmetric, not negative, exactly 0 on the diagonal.
 
-    One centred Gram matrix. Where rows lie so close together beside their distance from the centre that the
-    difference cancels (one row of 1e38 among rows of 1e-3; two tight groups far apart), such a group is measured
-    again about its own mean. A row with a NaN or an infinity is at distance NaN from every other row, and disturbs no
-    other pair.
+    One centred Gram matrix, of float32 products in float64 sums for large matrices. Where rows lie so close together,
+    beside their distance from the centre, that the difference cancels (one row of 1e38 among rows of 1e-3; two tight
+    groups far apart), such a group is measured again about its own mean, and in the end in float64. A row with a NaN or
+    an infinity is at distance NaN from every other row, and disturbs no other pair.
     """
     picked = list(range(U.shape[0])) if rows is None else list(rows)
+    if U.dtype == torch.float32 and len(picked) * U.shape[1] > _PART_VALUES:
+        G = gram(U, rows=rows, dtype=torch.float32)
+        g = G.diagonal()
+        if bool(torch.isfinite(G).all()) and float(g.min()) > _FAINT:
+            D = _distances(U, picked, G, torch.float32)
+            if D is not None:
+                return D
+    return _precisely(U, picked)
+
+
+def _precisely(U: Tensor, picked: list[int]) -> Tensor:
+    """Distances from float64 products."""
     if not picked:
         return torch.zeros(0, 0, dtype=torch.float64, device=U.device)
-    G = gram(U, rows=rows)
-    if not bool(torch.isfinite(G).all()):
-        return _finite_part(U, picked)
-    g = G.diagonal()
-    sums = g[:, None] + g[None, :]
-    D = (sums - (G + G.T)).clamp_(min=0)
-    D.fill_diagonal_(0)
-    close = (sums * _CANCELLED) >= D
-    for group in _groups(close):
-        if 1 < len(group) < len(picked):
-            index = torch.tensor(group, device=U.device)
-            D[index[:, None], index] = sq_distances(U, [picked[i] for i in group])
-    return D
-
-
-def _finite_part(U: Tensor, picked: list[int]) -> Tensor:
-    """Distances when some rows are not finite (what the checks refuse; here it must only stay visible)."""
-    D = torch.full((len(picked), len(picked)), torch.nan, dtype=torch.float64, device=U.device)
-    D.fill_diagonal_(0)
+    G = gram(U, rows=picked)
+    if bool(torch.isfinite(G).all()):
+        D = _distances(U, picked, G, torch.float64)
+        assert D is not None
+        return D
+    # Some rows are not finite: the checks refuse such rows, and here they must only stay visible.
+    D = torch.full(G.shape, torch.nan, dtype=torch.float64, device=U.device).fill_diagonal_(0)
     finite = torch.isfinite(sq_norms(U))
     good = [i for i, row in enumerate(picked) if bool(finite[row])]
-    index = torch.tensor(good, dtype=torch.int64, device=U.device)
     if len(good) < len(picked):
-        D[index[:, None], index] = sq_distances(U, [picked[i] for i in good])
+        _measure_again_(D, U, picked, good)
     return D
+
+
+def _distances(U: Tensor, picked: list[int], G: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Distances from the Gram matrix of products in `dtype`; None when float32 can not tell any rows apart."""
+    g = G.diagonal()
+    sums = g[:, None] + g[None, :]
+    D = (sums - (G + G.T)).clamp_(min=0).fill_diagonal_(0)
+    for group in _groups((sums * _CANCELLED[dtype]) >= D):
+        if len(group) < len(picked):
+            _measure_again_(D, U, picked, group)
+        elif dtype == torch.float32:
+            return None
+    return D
+
+
+def _measure_again_(D: Tensor, U: Tensor, picked: list[int], group: list[int]) -> None:
+    index = torch.tensor(group, dtype=torch.int64, device=U.device)
+    D[index[:, None], index] = sq_distances(U, [picked[i] for i in group])
 
 
 def _groups(close: Tensor) -> list[list[int]]:
-    """Connected components of a symmetric boolean relation (n, n)."""
-    if int(close.sum()) == close.shape[0]:
-        return []
+    """Connected components, of two rows or more, of a symmetric boolean relation (n, n)."""
     near, left, found = close.cpu(), set(range(close.shape[0])), []
+    if int(near.sum()) == len(left):
+        return []
     while left:
         group = {min(left)}
         edge = group
@@ -99,20 +129,23 @@ def _groups(close: Tensor) -> list[list[int]]:
             edge = set(torch.nonzero(near[sorted(edge)].any(0)).flatten().tolist()) - group
             group = group | edge
         left -= group
-        found.append(sorted(group))
+        if len(group) > 1:
+            found.append(sorted(group))
     return found
 
 
-def _float64_blocks(U: Tensor, rows: Sequence[int] | None, columns: slice) -> Iterator[Tensor]:
-    """The picked rows, block by block of columns, each time in the same working memory."""
+def _blocks(
+    U: Tensor, rows: Sequence[int] | None, columns: slice, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The picked rows, block by block of columns, each with the same working memory of `dtype` for a block's values."""
     n = U.shape[0] if rows is None else len(rows)
     size = max(_BLOCK_VALUES // max(n, 1), 4096) if U.device.type == "cpu" else _DEVICE_VALUES // max(n, 1) + 1
     size = min(size, max(columns.stop - columns.start, 1))
-    scratch = torch.empty(n, size, dtype=torch.float64, device=U.device)
+    scratch = torch.empty(n, size, dtype=dtype, device=U.device)
+    every = rows is None or list(rows) == list(range(U.shape[0]))
     for part in blocks.spans(columns, size):
-        block = scratch[:, : part.stop - part.start]
-        block.copy_(U[:, part] if rows is None else U[list(rows), part])
-        yield block
+        source = U[:, part] if every else U[list(rows or ()), part]
+        yield source, scratch[:, : part.stop - part.start]
 
 
 def _sum_over_columns(U: Tensor, n: int, work: Callable[[slice], Tensor]) -> Tensor:

@@ -62,19 +62,43 @@ def pairwise(n: int, low: int = 0) -> list[Comparator]:
 
 
 def _candidates(n: int, trim: int) -> list[tuple[list[list[int]], tuple[int, ...]]]:
-    """Pruned networks: peel off a few extremes (cheap when few are trimmed), then the pairwise network on the rest."""
+    """Pruned networks: peel off a few extremes (cheap when few are trimmed), then sort the rest, or its two halves."""
     found = []
     peeled: list[Comparator] = []
     wires = list(range(n))
     for rounds in range(min(trim, 4) + 1):
-        spare = (1 << (len(wires) - 1).bit_length()) - len(wires)
-        for low in sorted({0, min(1, spare), spare // 3, spare // 2}):
-            tail = [(wires[i], wires[j]) for i, j in pairwise(len(wires), low)]
-            kept = tuple(wires[trim - rounds : len(wires) - (trim - rounds)])
-            found.append((_prune(peeled + tail, kept), kept))
+        left = trim - rounds
+        for low in _offsets(len(wires)):
+            kept = tuple(wires[left : len(wires) - left])
+            found.append((_prune(peeled + _sort(wires, low), kept), kept))
+        first, second = wires[: len(wires) // 2], wires[len(wires) // 2 :]
+        for low in _offsets(len(first)) if 0 < 2 * left <= len(first) else ():
+            comparators = _sort(first, low) + _sort(second, low) + _cut(first, second, left)
+            kept = tuple(first[left:] + second[: len(second) - left])
+            found.append((_prune(peeled + comparators, kept), kept))
         peeled += _peel(wires)
         wires = wires[1:-1]
     return found
+
+
+def _offsets(n: int) -> list[int]:
+    """Values of `low` worth a try for the pairwise network of n."""
+    spare = (1 << (n - 1).bit_length()) - n
+    return sorted({0, min(1, spare), spare // 3, spare // 2})
+
+
+def _sort(wires: list[int], low: int) -> list[Comparator]:
+    return [(wires[i], wires[j]) for i, j in pairwise(len(wires), min(low, _offsets(len(wires))[-1]))]
+
+
+def _cut(first: list[int], second: list[int], trim: int) -> list[Comparator]:
+    """Of two sorted lists, the `trim` smallest values to the start of the first, the largest to the end of the second.
+
+    min(a_i, b_(t-1-i)), i < t, are the t smallest of both: the half-cleaner of a bitonic network (Batcher 1968).
+    """
+    smallest = list(zip(first[:trim], reversed(second[:trim]), strict=True))
+    largest = list(zip(first[-trim:], reversed(second[-trim:]), strict=True))
+    return smallest + largest
 
 
 def _peel(wires: list[int]) -> list[Comparator]:

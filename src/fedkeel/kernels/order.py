@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkeel.kernels import blocks, network
 
 NETWORK_ROWS = 256  # above, the network's n log^2 n comparisons lose to quickselect
-_BLOCK_BYTES = 1 << 21  # working rows of one block: with two threads they stay in the caches
+_BLOCK_BYTES = 1 << 23  # working rows of one block: longer calls cost two workers fewer waits for each other
 _DEVICE_COLUMNS = 1 << 22  # on a GPU a block only bounds the memory
 
 
@@ -39,7 +39,7 @@ def _on_cpu(rows: list[NDArray[Any]], trim: int, out: NDArray[Any]) -> None:
     """numpy: its calls cost a third of torch's here, and it lets go of the interpreter lock."""
     n, columns = len(rows), out.size
     chosen = network.plan(n, trim) if n <= NETWORK_ROWS else None
-    size = min(max(_BLOCK_BYTES // (out.itemsize * n), 4096), 32768, max(columns, 1))
+    size = min(max(_BLOCK_BYTES // (out.itemsize * n), 1 << 13), 1 << 15, max(columns, 1))
 
     def work(parts: Iterator[slice]) -> None:
         scratch = np.empty((chosen.scratch, size), out.dtype) if chosen else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +50,13 @@ class Federation:
     def of(cls, job: Job) -> Federation:
         """Build and check everything, or raise `InputError`; nothing is trained or written."""
         plan, work, key = build_plan(job), build_work(job), Key.root(job.seed)
-        pool: Pool = job.rule("data.source", "source")(key.fold("source"))
-        split = job.rule("data.partition", "partition")(pool, job.data.clients, key.fold("partition"))
-        data, holdout = clients(pool, split, key.fold("clients"), holdout=job.data.holdout)
-        module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
+        with _about("data.source"):
+            pool: Pool = job.rule("data.source", "source")(key.fold("source"))
+        with _about("data.partition"):
+            split = job.rule("data.partition", "partition")(pool, job.data.clients, key.fold("partition"))
+            data, holdout = clients(pool, split, key.fold("clients"), holdout=job.data.holdout)
+        with _about("model.build"):
+            module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
         layout = Layout.of(module, job.model.private)
         if layout.width > layout.columns and holdout is None:
             raise InputError(
@@ -114,6 +119,16 @@ class Federation:
     def _measure(self, vector: Tensor, x: Tensor, y: Tensor, prepare: Prepare) -> dict[str, float]:
         found = evaluate(self.module, self.layout, vector, x, y, prepare, self.work.loss)
         return {k: v for k, v in found.items() if v is not None}
+
+
+@contextlib.contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Name the job's key in what is wrong with it."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(key) else f"{key}: {text}") from None
 
 
 def build_plan(job: Job) -> Plan:

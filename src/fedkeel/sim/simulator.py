@@ -84,7 +84,7 @@ class Simulator:
         pending = self.coordinator.start(self._now)
         while True:
             starting = [c for c in pending if isinstance(c, orders.Train)]
-            if any([self._obey(c) for c in pending]):
+            if any(self._obey(c) for c in pending):
                 return self.server.snapshot()
             pending = self._work(starting) if starting else []
             if not pending:

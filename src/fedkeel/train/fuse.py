@@ -73,7 +73,7 @@ def simplify(graph: Graph, roots: Sequence[int]) -> list[int]:
 def _forward_aliases(graph: Graph) -> dict[int, int]:
     pinned = {v for node in graph.nodes if _name(node) in _RESTRIDING for v in node.writes}
     stand_in: dict[int, int] = {}
-    transposed: dict[int, int] = {}  # value: what it is the transpose of
+    transposed: dict[int, tuple[int, Any]] = {}  # value: what it is the transpose of, and in which dimensions
     kept = []
     for node in graph.nodes:
         args = (node.args, node.kwargs)
@@ -84,11 +84,12 @@ def _forward_aliases(graph: Graph) -> dict[int, int]:
             if node.func in _ALIASES or (node.func in _RESHAPES and _same_look(graph, source, out)):
                 stand_in[out] = source
                 continue
-            if node.func is aten.t.default:
-                if source in transposed:
-                    stand_in[out] = transposed[source]
+            if node.func in (aten.t.default, aten.transpose.int):
+                origin, dimensions = transposed.get(source, (None, None))
+                if origin is not None and dimensions == node.args[1:]:
+                    stand_in[out] = origin
                     continue
-                transposed[out] = source
+                transposed[out] = source, node.args[1:]
         kept.append(node)
     graph.nodes = kept
     return stand_in
@@ -150,7 +151,7 @@ class Updates:
                 self.count[value] = self.count.get(value, 0) + 1
         self.position = {id(node): at for at, node in enumerate(graph.nodes)}
         self.written = [(at, graph.storage(v)) for at, node in enumerate(graph.nodes) for v in node.writes]
-        self.transposes = {n.args[0].value: n.outs[0] for n in graph.nodes if n.func is aten.t.default}
+        self.transposes = {n.args[0].value: n for n in graph.nodes if n.func is aten.t.default}
         self.after: dict[int, list[Node]] = {}  # position: the nodes that come after it
         self.ones: dict[int, int] = {}
 
@@ -206,7 +207,7 @@ class Updates:
                 chain.append(maker.args[0].value)
                 maker, flipped = inner, True
         if maker is not None and self.count[chain[-1]] == 1 and not self._changed(maker, place):
-            fused = self._fused(parameter, chain[-1], maker, alpha, flipped)
+            fused = self._fused(parameter, chain[-1], maker, alpha, flipped, place)
             if fused:
                 absorbed.update(chain)
                 return fused
@@ -217,7 +218,8 @@ class Updates:
         used = {self.graph.storage(value) for value in maker.uses}
         return any(storage in used for at, storage in self.written if self.position[id(maker)] < at <= until)
 
-    def _fused(self, parameter: int, value: int, maker: Node, alpha: float, flipped: bool) -> list[Node]:
+    def _fused(self, parameter: int, value: int, maker: Node, alpha: float, flipped: bool, place: int) -> list[Node]:
+        """The product that makes a gradient, going straight into the parameter; nothing for other makers."""
         tensors = self.graph.tensors
         if maker.func is aten.mm.default:
             shape = tensors[value].shape
@@ -225,14 +227,16 @@ class Updates:
             if flipped:
                 target = self._constant(tensors[target.value].t(), aten.t.default, target)
             return [self._node(Tensor.addmm_, target, *maker.args, alpha=alpha)]
+        if maker.func is aten.bmm.default and not flipped:
+            return [self._node(Tensor.baddbmm_, self._view(parameter, tensors[value].shape), *maker.args, alpha=alpha)]
         if maker.func is aten.sum.dim_IntList and list(maker.args[1]) == [0]:
             source = maker.args[0]
             if tensors[source.value].ndim != 2 or tensors[source.value].dtype != torch.float32:
                 return []
-            nodes, flipped_source = self._transpose(source)
+            flipped_source = self._transpose(source, place)
             ones = self._ones(tensors[source.value])
             target = self._view(parameter, (tensors[parameter].numel(),))
-            return [*nodes, self._node(Tensor.addmv_, target, flipped_source, Ref(ones), alpha=alpha)]
+            return [self._node(Tensor.addmv_, target, flipped_source, Ref(ones), alpha=alpha)]
         if maker.func is aten.embedding_dense_backward.default and maker.args[3] < 0 and not maker.args[4]:
             g, index = (tensors[a.value] for a in maker.args[:2])
             flat = self.graph.add(index.reshape(-1)), self.graph.add(g.reshape(-1, g.shape[-1]))
@@ -240,7 +244,8 @@ class Updates:
                 Node(aten.reshape.default, (maker.args[1], [-1]), {}, (flat[0],)),
                 Node(aten.reshape.default, (maker.args[0], [-1, g.shape[-1]]), {}, (flat[1],)),
             ]
-            return [*nodes, self._node(Tensor.index_add_, Ref(parameter), 0, Ref(flat[0]), Ref(flat[1]), alpha=alpha)]
+            target = self._view(parameter, tensors[value].shape)
+            return [*nodes, self._node(Tensor.index_add_, target, 0, Ref(flat[0]), Ref(flat[1]), alpha=alpha)]
         return []
 
     def _node(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
@@ -261,12 +266,19 @@ class Updates:
         self.after.setdefault(-1, []).append(Node(func, args, {}, (value,)))
         return Ref(value)
 
-    def _transpose(self, source: Ref) -> tuple[list[Node], Ref]:
+    def _transpose(self, source: Ref, place: int) -> Ref:
+        """The transpose of a value: the graph's own if it is there by then, or one made together with the value."""
         known = self.transposes.get(source.value)
-        if known is not None:
-            return [], Ref(known)
-        value = self.transposes[source.value] = self.graph.add(self.graph.tensors[source.value].t())
-        return [Node(aten.t.default, (source,), {}, (value,))], Ref(value)
+        if known is None or self.position[id(known)] > place:
+            maker = self.makers.get(source.value)
+            made = self.position[id(maker)] if maker is not None else -1
+            value = self.graph.add(self.graph.tensors[source.value].t())
+            known = Node(aten.t.default, (source,), {}, (value,))
+            self.transposes[source.value], self.position[id(known)] = known, made
+            self.after.setdefault(made, []).append(known)
+        (out,) = known.outs
+        assert out is not None
+        return Ref(out)
 
     def _ones(self, like: Tensor) -> int:
         size = like.shape[0]

@@ -35,16 +35,16 @@ class LoopStep:
     def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
         self.memory, self.control = memory, control
         self.theta0 = self.theta.clone()
-        self.state = {
-            n: b.clone() for n, b in self.kept.items()
-        }  # integer buffers: each client starts from the module's
+        # Integer buffers are no columns: each client starts from the module's own.
+        self.state = {name: buffer.clone() for name, buffer in self.kept.items()}
 
     def arrange(self, x: Tensor) -> Tensor:
         return x
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         leaf = self.theta.detach().requires_grad_()
-        state = self.state | {n: column.to(dtype) for n, (column, dtype) in self.buffers.items()}
+        # Copies: autograd would take a buffer's change in place for a change of the weights in the same vector.
+        state = self.state | {n: column.to(dtype, copy=True) for n, (column, dtype) in self.buffers.items()}
         with torch.enable_grad():
             pieces = zip(self.trained, torch.split(leaf, self.sizes), strict=True)
             tensors = state | {e.name: piece.view(e.shape).to(getattr(torch, e.dtype)) for e, piece in pieces}

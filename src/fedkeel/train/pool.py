@@ -28,8 +28,8 @@ from fedkeel.core.keys import Key
 from fedkeel.train.client import Client, Outcome, single_thread
 from fedkeel.train.contract import Task, Trained
 
-_TASK = struct.Struct("<qqqQ")  # position, slot, client, key
-_RESULT = struct.Struct("<qqqdqq")  # position, slot, steps, loss, kind, bytes of text
+_TASK = struct.Struct("<qqQ")  # slot, client, key
+_RESULT = struct.Struct("<qqdqq")  # slot, steps, loss, kind, bytes of text
 _DONE, _FAILED, _RAISED = 0, 1, 2
 
 can_fork = sys.platform == "linux"
@@ -139,28 +139,33 @@ class Pool:
     ) -> Iterator[Trained]:
         finished = False
         try:
-            arena = self._arena or self._start()
-            arena.theta.copy_(theta)
-            for vector, name in zip(arena.controls, arena.control, strict=True):
-                vector.copy_(control[name]) if control and name in control else vector.zero_()
-            waiting = deque(longest_first(self._client, tasks))
-            free = deque(range(len(arena.rows)))
-            running: dict[int, Task] = {}
-            while waiting or running:
-                while waiting and free:
-                    task, slot = waiting.popleft(), free.popleft()
-                    running[slot] = task
-                    arena.put(slot, task, self._initial)
-                    os.write(self._tasks, _TASK.pack(0, slot, task.client, task.key.value))
-                slot, outcome = self._receive(running)
-                row = arena.rows[slot]
-                private = row[arena.columns : arena.width].clone() if arena.width > arena.columns else None
-                yield trained(self._client, running.pop(slot), outcome, row[: arena.columns], private)
-                free.append(slot)
+            # One thread in the parent, too: OpenMP's others spin after every sum, on the cores that the workers need.
+            with single_thread():
+                yield from self._rounds(theta, tasks, control or {})
             finished = True
         finally:
             if not finished:
                 self.close()
+
+    def _rounds(self, theta: Tensor, tasks: Sequence[Task], control: Mapping[str, Tensor]) -> Iterator[Trained]:
+        arena = self._arena or self._start()
+        arena.theta.copy_(theta)
+        for vector, name in zip(arena.controls, arena.control, strict=True):
+            vector.copy_(control[name]) if name in control else vector.zero_()
+        waiting = deque(longest_first(self._client, tasks))
+        free = deque(range(len(arena.rows)))
+        running: dict[int, Task] = {}
+        while waiting or running:
+            while waiting and free:
+                task, slot = waiting.popleft(), free.popleft()
+                running[slot] = task
+                arena.put(slot, task, self._initial)
+                os.write(self._tasks, _TASK.pack(slot, task.client, task.key.value))
+            slot, outcome = self._receive(running)
+            row = arena.rows[slot]
+            private = row[arena.columns : arena.width].clone() if arena.width > arena.columns else None
+            yield trained(self._client, running.pop(slot), outcome, row[: arena.columns], private)
+            free.append(slot)
 
     def close(self) -> None:
         """End the workers, whatever they are doing: they hold nothing that matters."""
@@ -179,7 +184,7 @@ class Pool:
                 size = _RESULT.size
                 if len(worker.pending) < size:
                     continue
-                _, slot, steps, loss, kind, length = _RESULT.unpack_from(worker.pending)
+                slot, steps, loss, kind, length = _RESULT.unpack_from(worker.pending)
                 if len(worker.pending) < size + length:
                     continue
                 text = worker.pending[size : size + length].decode()
@@ -269,7 +274,7 @@ def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
         torch.set_num_threads(1)
         layout, vector = client.layout, client.step.vector
         while record := os.read(read, _TASK.size):
-            position, slot, number, key = _TASK.unpack(record)
+            slot, number, key = _TASK.unpack(record)
             kind, text, outcome = _DONE, "", Outcome(0, 0.0, None)
             task = arena.task(slot, number, key)
             try:
@@ -285,7 +290,7 @@ def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
                     (vector[: layout.shared.start], vector[layout.shared.stop :])
                 )
             note = text.encode()[:2000].decode(errors="ignore").encode()
-            os.write(write, _RESULT.pack(position, slot, outcome.steps, outcome.loss, kind, len(note)) + note)
+            os.write(write, _RESULT.pack(slot, outcome.steps, outcome.loss, kind, len(note)) + note)
         status = 0
     finally:
         os._exit(status)

@@ -1,7 +1,7 @@
 """Clients as rows: L lanes train side by side in one vmapped step; a lane is refilled when its client ends.
 
-Shapes never change, and nothing is read back before a client ends, so a GPU is kept busy. A client's result agrees with
-the plain loop's to rounding, not bit for bit: batched products add up in another order.
+Shapes never change, and nothing is read back before a client ends, so a GPU is kept busy. A client's result is the
+plain loop's to rounding, and depends on its neighbours by rounding only: batched products add up in another order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from torch.func import functional_call, grad_and_value, vmap
 from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.train.client import CHUNK_BYTES, Outcome, epoch_order, first_failure, on_trainable, seeded, succeeded
+from fedkeel.train.client import (
+    CHUNK_BYTES,
+    Outcome,
+    epoch_order,
+    first_failure,
+    on_trainable,
+    seeded,
+    single_thread,
+    succeeded,
+)
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trained
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Updates, reuse_memory, simplify
@@ -64,22 +73,26 @@ class Rows:
     def train(
         self, theta: Tensor, tasks: Sequence[Task], control: Mapping[str, Tensor] | None = None
     ) -> Iterator[Trained]:
+        with single_thread():
+            yield from self._rounds(theta, tasks, control or {})
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _rounds(self, theta: Tensor, tasks: Sequence[Task], control: Mapping[str, Tensor]) -> Iterator[Trained]:
         waiting = deque(sorted(tasks, key=lambda task: -self.data.count(task.client)))
         lanes: list[_Lane | None] = [None] * self.lanes
         theta = theta.to(self.device)
         while waiting or any(lanes):
             for at, lane in enumerate(lanes):
                 if lane is None and waiting:
-                    lanes[at] = self._fill(at, waiting.popleft(), theta, control or {})
+                    lanes[at] = self._fill(at, waiting.popleft(), theta, control)
             for at, lane in enumerate(lanes):
                 if lane is not None and (outcome := self._ended(lane)):
                     yield self._collect(at, lane, outcome, theta)
                     lanes[at] = None
             if all(lane is not None or not waiting for lane in lanes) and any(lanes):
                 self._advance(lanes)
-
-    def close(self) -> None:
-        """Nothing to release."""
 
     def _matrix(self, width: int) -> Tensor:
         """Room for `width` columns of every lane: tensor by tensor, so that each is contiguous over the lanes."""

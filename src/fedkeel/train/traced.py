@@ -35,7 +35,7 @@ class TracedStep:
         columns = {e.name for e in layout.entries}
         self.initial_state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
         self.state = {n: b.clone() for n, b in self.initial_state.items()}
-        self.theta0 = self.theta.clone()
+        self.theta0 = self.theta.clone() if work.corrections else self.theta
         self.memory = [self._room(rule.definition.traits, "memory") for rule in work.corrections]
         self.control = [self._room(rule.definition.traits, "control") for rule in work.corrections]
         self.arrange = arranger(self.module, data.x, data.prepare)
@@ -70,6 +70,8 @@ class TracedStep:
         """Every tensor that outlives a step, by name, at its fixed address."""
         found = {f"w.{name}": view for name, view in self.layout.views(self.vector).items()}
         found |= {f"state.{name}": tensor for name, tensor in self.state.items()}
+        if not self.work.corrections:
+            return found
         flat = {"theta": self.theta, "theta0": self.theta0}
         for i, (c_i, c) in enumerate(zip(self.memory, self.control, strict=True)):
             flat |= {f"{kind}.{i}": t for kind, t in (("memory", c_i), ("control", c)) if t is not None}

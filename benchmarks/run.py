@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Run every benchmark, then write their tables into docs/benchmarks.md and the README.
+
+    python benchmarks/run.py [--peers .bench-venvs] [--only simulation reducers overhead] [--tables]
+
+`--tables` only writes the tables anew from benchmarks/results/*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+sys.path.insert(0, str(HERE))
+
+import overhead
+import reducers
+import simulation
+
+ALL = ("simulation", "reducers", "overhead")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, default=ROOT / ".bench-venvs")
+    parser.add_argument("--only", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--tables", action="store_true")
+    args = parser.parse_args()
+    if not args.tables:
+        for name in args.only:
+            subprocess.run(command(name, args.peers), check=True, env=environment(name, args.peers))
+    write_tables()
+
+
+def command(name: str, peers: Path) -> list[str]:
+    script = str(HERE / f"{name}.py")
+    output = ["--json", str(RESULTS / f"{name}.json")]
+    if name == "simulation":
+        return [sys.executable, script, "--peers", str(peers), *output]
+    robust = peers / "robust" / "bin" / "python"
+    python = str(robust) if name == "reducers" and robust.exists() else sys.executable
+    return [python, script, *output]
+
+
+def environment(name: str, peers: Path) -> dict[str, str]:
+    """The reducers run in the peers' environment, with our source on its path."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src")} if name == "reducers" else dict(os.environ)
+
+
+def write_tables() -> None:
+    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    page = ROOT / "docs" / "benchmarks.md"
+    text = page.read_text()
+    tables = {"simulation": simulation.table, "reducers": reducers.table, "overhead": overhead.table}
+    for name, make in tables.items():
+        if name in results:
+            text = replaced(text, name, make(results[name]))
+    page.write_text(text)
+    readme = ROOT / "README.md"
+    readme.write_text(replaced(readme.read_text(), "benchmarks", short(results)))
+
+
+def replaced(text: str, name: str, table: str) -> str:
+    """The text with what stands between a table's markers replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, _, rest = text.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise SystemExit(f"the markers of '{name}' are missing")
+    return f"{head}{begin}\n{table.strip()}\n{end}{tail}"
+
+
+def short(results: dict[str, Any]) -> str:
+    """The README's table: how many times faster, per peer and task."""
+    models = results["simulation"]["models"]
+    columns = ["fedkeel", *sorted({p for peers in models.values() for p in peers} - {"fedkeel"})]
+    out = ["| seconds | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for model, peers in models.items():
+        cells = [f"{peers[c]['seconds_per_round']:.3f}" if c in peers else "-" for c in columns]
+        cells[0] = f"**{cells[0]}**"
+        out.append(f"| a round of {model} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    main()
