@@ -2,7 +2,7 @@
 
 `python -W error play.py PAGE.md`. Python blocks share one namespace; bash blocks run by themselves; a `text` block is
 what the block before it prints (`...` stands for anything); `toml` blocks are jobs. A block with `title="FILE"` is
-that file, and is written, not run.
+that file, and is written, not run. A fence without a language is a drawing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ _FENCE = re.compile(r"^```(\w*) ?(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 _GENERATED = re.compile(r"<!-- generated: \w+ -->.*?<!-- /generated -->", re.DOTALL)
 
 
+class Untrue(Exception):
+    """A page says what is not so, or what nobody can check."""
+
+
 @dataclass(frozen=True)
 class Block:
     language: str
@@ -39,11 +43,11 @@ def blocks(page: Path) -> list[Block]:
     for fence in _FENCE.finditer(text):
         language, info, body = fence.groups()
         title = re.fullmatch(r'title="([\w.-]+)"', info)
-        if language not in ("python", "bash", "toml", "text") or (info and not title):
-            raise SystemExit(f"{page.name}: a fence opens with '{language} {info}': nobody would check it")
+        if language not in ("", "python", "bash", "toml", "text") or (info and not title):
+            raise Untrue(f"{page.name}: a fence opens with '{language} {info}': nobody would check it")
         found.append(Block(language, title[1] if title else None, body, text.count("\n", 0, fence.start()) + 2))
     if len(found) * 2 != len(re.findall("```", text)):
-        raise SystemExit(f"{page.name}: a fence is indented, or not closed: nobody would check it")
+        raise Untrue(f"{page.name}: a fence is indented, or not closed: nobody would check it")
     return found
 
 
@@ -62,7 +66,7 @@ def play(page: Path) -> None:
             Path(block.title).write_text(block.text, encoding="utf-8")
         if block.language == "text":
             if printed is None:
-                raise SystemExit(f"{where}: this is the output of nothing that is run")
+                raise Untrue(f"{where}: this is the output of nothing that is run")
             compare(block.text, printed, where)
             printed = None
         elif block.language == "toml":
@@ -75,11 +79,11 @@ def play(page: Path) -> None:
             with contextlib.redirect_stdout(stream):
                 exec(program, space)
             printed = stream.getvalue()
-        elif script := commands(block).strip():
+        elif block.language == "bash" and (script := commands(block).strip()):
             run = ["bash", "-euo", "pipefail", "-c", script]
             done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode:
-                raise SystemExit(f"{where}: exit code {done.returncode}\n{done.stdout}")
+                raise Untrue(f"{where}: exit code {done.returncode}\n{done.stdout}")
             printed = done.stdout
 
 
@@ -87,7 +91,7 @@ def compare(shown: str, printed: str, where: str) -> None:
     """What a page shows must be in what was printed, line ends aside."""
     wanted = r"\s*\n".join(re.escape(line.rstrip()) for line in shown.strip().splitlines())
     if not re.search(wanted.replace(re.escape("..."), ".*?"), printed, re.DOTALL):
-        raise SystemExit(f"{where}: the page shows\n{shown}\nbut this was printed\n{printed}")
+        raise Untrue(f"{where}: the page shows\n{shown}\nbut this was printed\n{printed}")
 
 
 def check_job(text: str, where: str) -> None:

@@ -64,7 +64,9 @@ def test_a_trimmed_mean_is_that_of_sorting(data: st.DataObject) -> None:
     trim = data.draw(st.integers(0, (n - 1) // 2))
     rows = data.draw(st.lists(st.lists(FLOATS, min_size=3, max_size=3), min_size=n, max_size=n))
     U = torch.tensor(rows, dtype=torch.float32)
-    np.testing.assert_allclose(order.trimmed_mean(U, trim).numpy(), by_sorting(U, trim), rtol=1e-6, atol=1e-45)
+    wanted = by_sorting(U, trim)
+    bound = 1e-6 * np.abs(wanted) + 1e-14 * U.abs().amax(0).numpy() + 1e-45  # float64 sums in another order
+    assert (np.abs(order.trimmed_mean(U, trim).numpy() - wanted) <= bound).all()
 
 
 @pytest.mark.parametrize("n", [order.NETWORK_ROWS - 1, order.NETWORK_ROWS + 1])

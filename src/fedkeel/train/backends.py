@@ -13,7 +13,7 @@ from fedkeel.core.errors import InputError, nearest
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import build
-from fedkeel.train.client import Client, Step
+from fedkeel.train.client import Client, Step, single_thread
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trainer
 from fedkeel.train.loop import LoopStep
 from fedkeel.train.pool import InProcess, Pool, can_fork
@@ -27,6 +27,7 @@ _RECORDED_EARLY = 64  # batch sizes: so many are recorded once for all workers, 
 _TOLERANCE = 1e-3  # relative, of three steps' delta: far above rounding, far below what a wrong step differs by
 
 
+@single_thread()  # recording and trials, like training
 def make_trainer(
     backend: str,
     module: nn.Module,
@@ -62,6 +63,7 @@ def make_trainer(
     return Pool(backend, client, count) if pooled else InProcess(backend, client)
 
 
+@single_thread()
 def fits(backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> str | None:
     """Why a backend cannot train this module as the plain loop does, or None if it can: found by trying."""
     if backend == "loop":

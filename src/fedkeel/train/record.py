@@ -5,7 +5,7 @@ The same capture as `make_fx`, without the second and the 800 modules that its f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Node:
 
     @property
     def uses(self) -> list[int]:
-        return [leaf.value for leaf in leaves((self.args, *self.kwargs.values())) if isinstance(leaf, Ref)]
+        return _values((*self.args, *self.kwargs.values()))
 
     @property
     def writes(self) -> list[int]:
@@ -47,7 +47,7 @@ class Node:
         for position, argument in enumerate(self.func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = self.args[position] if position < len(self.args) else self.kwargs.get(argument.name)
-                found += [leaf.value for leaf in leaves(given) if isinstance(leaf, Ref)]
+                found += _values((given,))
         return found
 
 
@@ -112,13 +112,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def leaves(tree: Any) -> Iterator[Any]:
-    """What stands in nested lists and tuples."""
-    if isinstance(tree, list | tuple) and not isinstance(tree, Ref):
-        for branch in tree:
-            yield from leaves(branch)
-    else:
-        yield tree
+def _values(tree: tuple[Any, ...] | list[Any]) -> list[int]:
+    """The values that nested lists and tuples refer to, in order."""
+    found: list[int] = []
+    for branch in tree:
+        if type(branch) is Ref:
+            found.append(branch.value)
+        elif type(branch) is list or type(branch) is tuple:
+            found += _values(branch)
+    return found
 
 
 def replace(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -128,16 +130,3 @@ def replace(tree: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(tree, list | tuple) and not isinstance(tree, Ref):
         return type(tree)([replace(branch, change) for branch in tree])
     return change(tree)
-
-
-def run(graph: Graph, inputs: Mapping[str, Tensor], wanted: Sequence[int]) -> list[Tensor]:
-    """Run a graph node by node: slow, to check by."""
-    held: dict[int, Any] = {v: graph.tensors[v] for v in graph.constants}
-    held |= {v: inputs[name] for v, name in graph.inputs.items()}
-    for node in graph.nodes:
-        args, kwargs = replace((node.args, node.kwargs), lambda a: held[a.value] if isinstance(a, Ref) else a)
-        result = node.func(*args, **kwargs)
-        for out, tensor in zip(node.outs, result if node.multiple else (result,), strict=True):
-            if out is not None:
-                held[out] = tensor
-    return [held[value] for value in wanted]
