@@ -16,7 +16,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-from common import BATCH_SIZE, LEARNING_RATE, MODELS, PeakRss, torch_model
+from common import BATCH_SIZE, LEARNING_RATE, MODELS, PeakMemory, torch_model
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="processes, one a core by default")
     args = parser.parse_args()
     created = psutil.Process().create_time()
-    memory = PeakRss()
+    memory = PeakMemory()
 
     import torch
 
@@ -74,7 +74,7 @@ def main() -> None:
         "seconds_per_round": timed,
         "median": statistics.median(timed),
         "setup_seconds": round(setup, 3),
-        "peak_rss_mb": peak,
+        "peak_mb": peak,
         "test_accuracy": round(float(result["accuracy"] or 0.0), 4),
         "settings": {"workers": args.workers or len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]},
     }

@@ -219,6 +219,28 @@ def verdict(lines: list[dict[str, Any]]) -> list[str]:
     return said
 
 
+def table(found: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    out = [
+        "| rows x columns | rule | fedkeel, ms | fastest peer, ms | faster by | of memcpy's bandwidth |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for line in found["lines"]:
+        took, peer = line["seconds"], line["fastest_peer"]
+        theirs = f"{1e3 * took[peer]['median']:.1f} ({peer})" if peer else "-"
+        lead = f"{line['times_faster']:.1f}x" if line["times_faster"] else "-"
+        if line["times_gemv"] is not None:
+            theirs, lead = f"{1e3 * took['gemv']['median']:.1f} (one w @ U)", f"{1 / line['times_gemv']:.2f}x"
+        out.append(
+            f"| {line['rows']} x {line['columns']:,} | {line['rule']} | {1e3 * took['fedkeel']['median']:.1f} | "
+            f"{theirs} | {lead} | {line['of_memcpy_bandwidth']:.0%} |"
+        )
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    notes = [f"{versions}; load average {found['machine']['load_before'][0]:.1f} before."]
+    notes += [f"Skipped: {text}." for text in found["skipped"]]
+    return "\n".join([*out, "", *notes])
+
+
 def packages() -> dict[str, str]:
     found = {}
     for name in ("torch", "numpy", "byzfl", "flwr"):

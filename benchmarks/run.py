@@ -16,15 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-RESULTS = HERE / "results"
-sys.path.insert(0, str(HERE))
-
 import overhead
 import reducers
 import simulation
 
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
 ALL = ("simulation", "reducers", "overhead")
 
 

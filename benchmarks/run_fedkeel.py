@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time fedkeel on the job that every peer runs: whole rounds of the simulator, envelopes, checks and ledger included."""
+"""Time fedkeel on the job that every peer runs: whole rounds of the simulator, envelopes and ledger included."""
 
 from __future__ import annotations
 

@@ -136,7 +136,14 @@ FLOP_PER_EXAMPLE = {
 def machine() -> str:
     import torch
 
-    name = next((x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").open() if x.startswith("model name")), "?")
+    name = next(
+        (
+            x.partition(":")[2].strip()
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if x.startswith("model name")
+        ),
+        "?",
+    )
     return f"{name}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, Python {sys.version.split()[0]}"
 
 
