@@ -24,7 +24,7 @@ _FENCE = re.compile(r"^```(\w*) ?(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 _GENERATED = re.compile(r"<!-- generated: \w+ -->.*?<!-- /generated -->", re.DOTALL)
 
 
-class Untrue(Exception):
+class UntrueError(Exception):
     """A page says what is not so, or what nobody can check."""
 
 
@@ -44,10 +44,10 @@ def blocks(page: Path) -> list[Block]:
         language, info, body = fence.groups()
         title = re.fullmatch(r'title="([\w.-]+)"', info)
         if language not in ("", "python", "bash", "toml", "text") or (info and not title):
-            raise Untrue(f"{page.name}: a fence opens with '{language} {info}': nobody would check it")
+            raise UntrueError(f"{page.name}: a fence opens with '{language} {info}': nobody would check it")
         found.append(Block(language, title[1] if title else None, body, text.count("\n", 0, fence.start()) + 2))
     if len(found) * 2 != len(re.findall("```", text)):
-        raise Untrue(f"{page.name}: a fence is indented, or not closed: nobody would check it")
+        raise UntrueError(f"{page.name}: a fence is indented, or not closed: nobody would check it")
     return found
 
 
@@ -66,7 +66,7 @@ def play(page: Path) -> None:
             Path(block.title).write_text(block.text, encoding="utf-8")
         if block.language == "text":
             if printed is None:
-                raise Untrue(f"{where}: this is the output of nothing that is run")
+                raise UntrueError(f"{where}: this is the output of nothing that is run")
             compare(block.text, printed, where)
             printed = None
         elif block.language == "toml":
@@ -83,7 +83,7 @@ def play(page: Path) -> None:
             run = ["bash", "-euo", "pipefail", "-c", script]
             done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode:
-                raise Untrue(f"{where}: exit code {done.returncode}\n{done.stdout}")
+                raise UntrueError(f"{where}: exit code {done.returncode}\n{done.stdout}")
             printed = done.stdout
 
 
@@ -91,7 +91,7 @@ def compare(shown: str, printed: str, where: str) -> None:
     """What a page shows must be in what was printed, line ends aside."""
     wanted = r"\s*\n".join(re.escape(line.rstrip()) for line in shown.strip().splitlines())
     if not re.search(wanted.replace(re.escape("..."), ".*?"), printed, re.DOTALL):
-        raise Untrue(f"{where}: the page shows\n{shown}\nbut this was printed\n{printed}")
+        raise UntrueError(f"{where}: the page shows\n{shown}\nbut this was printed\n{printed}")
 
 
 def check_job(text: str, where: str) -> None:
@@ -108,4 +108,5 @@ def check_job(text: str, where: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = ""  # as for a reader who types python
     play(Path(sys.argv[1]))

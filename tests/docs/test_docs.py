@@ -53,7 +53,7 @@ def test_exempt_lines_are_no_way_around_the_test():
 
 def test_shown_output_is_compared():
     play.compare("accuracy 0.9... after\nreport: ...html", "x\naccuracy 0.93 after   \nreport: a/b.html\n", "here")
-    with pytest.raises(play.Untrue, match="but this was printed"):
+    with pytest.raises(play.UntrueError, match="but this was printed"):
         play.compare("accuracy 0.9... after", "accuracy 0.8 after", "here")
 
 

@@ -38,8 +38,9 @@ def median(U: Tensor, w: Tensor) -> Tensor:
 
 @rule("reducer", needs=lambda trim: 2 * trim + 1, traits=("coordinatewise", "robust", "unweighted"))
 def trimmed_mean(U: Tensor, w: Tensor, *, trim: Annotated[int, Field(ge=0)]) -> Tensor:
-    """Mean of each column without its `trim` smallest and largest values (Yin et al. 2018, definition 2); weights
-    above 0 are ignored.
+    """Mean of each column without its `trim` smallest and largest values; weights above 0 are ignored.
+
+    Yin et al. 2018, definition 2.
 
     Raises `CohortError` with fewer than 2 * trim + 1 rows of weight above 0.
     """
