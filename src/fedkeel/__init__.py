@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedkeel.api import resume as resume
     from fedkeel.api import run as run
     from fedkeel.comparison import Comparison as Comparison
+    from fedkeel.comparison import Variant as Variant
     from fedkeel.comparison import compare as compare
     from fedkeel.config import Job as Job
     from fedkeel.config import load as load
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from fedkeel.core.errors import DecodeError as DecodeError
     from fedkeel.core.errors import FedkeelError as FedkeelError
     from fedkeel.core.errors import InputError as InputError
+    from fedkeel.core.errors import InterruptedRunError as InterruptedRunError
     from fedkeel.core.errors import RunError as RunError
     from fedkeel.core.keys import Key as Key
     from fedkeel.core.layout import Layout as Layout
+    from fedkeel.core.registry import RegistrationError as RegistrationError
     from fedkeel.core.registry import Rule as Rule
     from fedkeel.core.registry import build as build
     from fedkeel.core.registry import names as names
@@ -40,12 +43,19 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "fedkeel.api": ("Progress", "Run", "report", "resume", "run"),
-    "fedkeel.comparison": ("Comparison", "compare"),
+    "fedkeel.comparison": ("Comparison", "Variant", "compare"),
     "fedkeel.config": ("Job", "load"),
-    "fedkeel.core.errors": ("CohortError", "DecodeError", "FedkeelError", "InputError", "RunError"),
+    "fedkeel.core.errors": (
+        "CohortError",
+        "DecodeError",
+        "FedkeelError",
+        "InputError",
+        "InterruptedRunError",
+        "RunError",
+    ),
     "fedkeel.core.keys": ("Key",),
     "fedkeel.core.layout": ("Layout",),
-    "fedkeel.core.registry": ("Rule", "build", "names", "parse", "rule"),
+    "fedkeel.core.registry": ("RegistrationError", "Rule", "build", "names", "parse", "rule"),
     "fedkeel.core.types": ("Cohort", "Update"),
     "fedkeel.sim.pool": ("Pool", "Split"),
 }

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from fedkeel import plugins
 from fedkeel.config import Job, load
-from fedkeel.core.errors import RunError
+from fedkeel.core.errors import InterruptedRunError, RunError
 from fedkeel.core.types import ClientMemory, RoundReport, ServerState
 from fedkeel.ship import card, checkpoint
 from fedkeel.ship.ledger import Ledger
@@ -18,7 +19,7 @@ from fedkeel.ship.rundir import RunDir
 from fedkeel.sim.federation import Federation, Value
 from fedkeel.sim.pool import label_histogram
 from fedkeel.sim.simulator import Simulator
-from fedkeel.train import Trainer
+from fedkeel.train import Prepare, Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,12 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The run's directory."""
         return self.dir.path
 
     @property
     def job(self) -> Job:
+        """The job as it was resolved when the run began."""
         return load(self.dir.job)
 
     @property
@@ -188,14 +191,19 @@ def _simulate(
     watch: Watcher | None,
 ) -> None:
     record = _Record(directory, ledger, federation, watch)
-    final = Simulator(federation, trainer, state, memory, record).run()
+    try:
+        final = Simulator(federation, trainer, state, memory, record).run()
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"interrupted; go on with: fedkeel resume {directory.path}") from None
     pool = federation.pool
     card.write(
         directory.model,
         federation.layout,
         final.theta,
         version=federation.job.model.version,
-        inputs=card.Inputs(pool.inputs, str(pool.prepare(pool.x[:1]).dtype).removeprefix("torch."), repr(pool.prepare)),
+        inputs=card.Inputs(
+            pool.inputs, str(pool.prepare(pool.x[:1]).dtype).removeprefix("torch."), _in_words(pool.prepare)
+        ),
         labels=pool.labels,
         job=federation.job.name,
         rounds=final.round,
@@ -229,6 +237,11 @@ def _meta(federation: Federation, trainer: Trainer) -> dict[str, Any]:
         "label_histogram": histogram,
         "hostile": sorted(federation.adversary.clients),
     }
+
+
+def _in_words(prepare: Prepare) -> str:
+    """What was done to the inputs, the same text in every process."""
+    return f"{prepare.__module__}.{prepare.__qualname__}" if isinstance(prepare, FunctionType) else repr(prepare)
 
 
 def _free(name: str) -> Path:

@@ -30,7 +30,13 @@ def describe(kind: str | None, name: str | None) -> Any:
         }
         for p in found.parameters.values()
     ]
-    return {**_brief(found), "contract": KINDS[kind][0], "parameters": parameters, "doc": found.doc}
+    return {
+        **_brief(found),
+        "contract": KINDS[kind][0],
+        "parameters": parameters,
+        "traits": sorted(found.traits),
+        "doc": found.doc,
+    }
 
 
 def _brief(found: Definition) -> dict[str, Any]:
@@ -44,6 +50,8 @@ def show(console: Console, found: Any, kind: str | None, name: str | None) -> No
         for row in found:
             table.add_row(row["kind"], escape(row["contract"]), ", ".join(row["rules"]) or "-")
         console.print(table)
+    elif name is None and not found:
+        console.print(f"no {kind} is built in yet; write one: {escape(KINDS[kind][0])} under @fedkeel.rule({kind!r})")
     elif name is None:
         table = Table("rule", "what it does", title=f"{kind} {escape(KINDS[kind][0])}")
         for row in found:
@@ -54,4 +62,4 @@ def show(console: Console, found: Any, kind: str | None, name: str | None) -> No
         for p in found["parameters"]:
             default = "required" if p["required"] else f"default {p['default']!r}"
             console.print(f"\n  [bold]{p['name']}[/]: {escape(p['type'])}, {escape(default)}", end="")
-        console.print()
+        console.print(f"\n  traits: {', '.join(found['traits']) or 'none'}")

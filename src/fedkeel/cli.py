@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +88,7 @@ def run(
     from fedkeel.watch import watching
 
     built = _job(job, settings, plugin)
-    with watching(_err, built.rounds, built.name) as watch:
+    with _interruptible(), watching(_err, built.rounds, built.name) as watch:
         done = api.run(built, out, watch=watch)
     _finish(done, as_json)
 
@@ -101,7 +103,7 @@ def resume(
     from fedkeel.watch import watching
 
     job = api.Run(directory).job
-    with watching(_err, job.rounds, job.name) as watch:
+    with _interruptible(), watching(_err, job.rounds, job.name) as watch:
         done = api.resume(directory, watch=watch)
     _finish(done, as_json)
 
@@ -144,7 +146,9 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Runs per variant, at seeds job.seed, +1, ...")] = 3,
     settings: Settings = None,
     plugin: Plugins = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write, or go on; runs/NAME-compare when left out.")
+    ] = None,
     metric: Annotated[str, typer.Option(help="accuracy or loss")] = "accuracy",
     as_json: AsJson = False,
 ) -> None:
@@ -161,7 +165,7 @@ def compare(
         if not equals or key in varied:
             raise InputError(f"--vary '{text}': write each key once, as aggregate.reduce=mean,median")
         varied[key] = split_list(values)
-    with comparing(_err, built.rounds) as watch:
+    with _interruptible("fedkeel compare with the same arguments"), comparing(_err, built.rounds) as watch:
         found = run_comparison(built, varied, seeds=seeds, out=out, metric=metric, watch=watch)
     if as_json:
         result = {"metric": found.metric, "variants": found.table, "csv": str(found.csv), "report": str(found.report)}
@@ -177,6 +181,18 @@ def demo(out: Out = None, settings: Settings = None) -> None:
     from fedkeel import demo as demonstration
 
     demonstration.run(_out, _err, out, settings or [])
+
+
+@contextmanager
+def _interruptible(remedy: str = "") -> Iterator[None]:
+    """Say how to go on after Ctrl-C; typer by itself would only say that it aborted."""
+    from fedkeel.core.errors import InterruptedRunError
+
+    try:
+        yield
+    except InterruptedRunError as error:
+        _err.print(escape(f"interrupted; go on with: {remedy}" if remedy else str(error)))
+        raise typer.Exit(130) from None
 
 
 def _job(path: Path, settings: list[str] | None, plugin: list[Path] | None) -> Job:
@@ -219,5 +235,5 @@ def main() -> None:
         _err.print(f"[red]failed:[/] {escape(str(error))}")
         sys.exit(1)
     except KeyboardInterrupt:
-        _err.print("interrupted; go on with: fedkeel resume DIR")
+        _err.print("interrupted")
         sys.exit(130)

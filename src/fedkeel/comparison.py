@@ -44,6 +44,7 @@ class Comparison:
 
     @property
     def table(self) -> list[dict[str, Any]]:
+        """One row a variant: its label, seeds, mean, interval and every seed's value."""
         return [
             {
                 "variant": v.label,
@@ -143,8 +144,11 @@ def _summary(label: str, settings: Mapping[str, str], runs: Sequence[Run], metri
         raise InputError(
             f"metric '{metric}' is not in the runs: they measure loss, and accuracy where there are labels"
         )
+    bounds = (0.0, 1.0) if metric == "accuracy" else (-math.inf, math.inf)
     spread = {
-        r: _interval(v) if len(runs) > 1 else alone[r] for r, v in sorted(by_round.items()) if len(v) == len(runs)
+        r: _interval(v, *bounds) if len(runs) > 1 else alone[r]
+        for r, v in sorted(by_round.items())
+        if len(v) == len(runs)
     }
     last = max(spread)
     curve = tuple((r, *spread[r]) for r in spread)
@@ -152,15 +156,15 @@ def _summary(label: str, settings: Mapping[str, str], runs: Sequence[Run], metri
     return Variant(label, dict(settings), tuple(by_round[last]), *spread[last], curve, paths)
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95% interval over seeds (Student's t)."""
+def _interval(values: Sequence[float], least: float, most: float) -> tuple[float, float, float]:
+    """Mean and its 95% interval over seeds (Student's t), kept where the metric can be."""
     from scipy.stats import t
 
     n = len(values)
     mean = sum(values) / n
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return mean, mean - half, mean + half
+    return mean, max(least, mean - half), min(most, mean + half)
 
 
 def _folder(settings: Mapping[str, str]) -> str:

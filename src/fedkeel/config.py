@@ -145,6 +145,7 @@ class Job(Section):
 
     @property
     def cohort(self) -> int:
+        """How many clients take part in a round."""
         return self.select.cohort or self.data.clients
 
     def rule(self, key: str, kind: str) -> Rule:
@@ -152,6 +153,7 @@ class Job(Section):
         return self._parsed(key, kind, self._value(key))
 
     def rules(self, key: str, kind: str) -> tuple[Rule, ...]:
+        """The built rules of a key that lists several, as `aggregate.checks`."""
         return tuple(self._parsed(key, kind, text) for text in self._value(key))
 
     def _value(self, key: str) -> Any:
@@ -165,6 +167,7 @@ class Job(Section):
             raise InputError(f"{key}: {error}") from None
 
     def to_toml(self) -> str:
+        """The job as a file that `load` reads back to the same job."""
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

@@ -51,7 +51,7 @@ def run(out: Console, progress: Console, where: Path | None, settings: Sequence[
         lines.append((label, figure(row), f"{len(refused)} of {len(done.updates)} updates refused"))
     from fedkeel.ship.report import write
 
-    report = write(root / "report.html", runs)
+    report = write(root / "report.html", runs, title="One federation, three ways")
     out.print()
     for label, accuracy, refused_text in lines:
         out.print(f"{escape(label):<42} accuracy {escape(accuracy)}  {refused_text}")

@@ -111,6 +111,23 @@ def _members(group: int) -> list[int]:
     return found
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    (tmp_path / "job.toml").write_text(job("traced").to_toml())
+    arguments = [sys.executable, "-m", "fedkeel", "run", "job.toml", "--out", "run", "--set", "rounds=100000"]
+    with subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
+    ) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stderr.read().splitlines()
+        assert process.wait() == 130
+    assert first.startswith("broken: round 0/100000")
+    assert rest[-1] == "interrupted; go on with: fedkeel resume run"
+    assert "Traceback" not in "".join(rest)
+    assert not _members(process.pid)
+
+
 def test_a_finished_run_is_returned_as_it_is(unbroken):
     run = unbroken["loop"]
     before = (run.path / "model" / "model.safetensors").stat().st_mtime_ns

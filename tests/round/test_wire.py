@@ -200,6 +200,24 @@ def test_a_huge_declared_header_is_not_read():
         wire.read(wire.PREFIX.pack(wire.MAGIC, 2**32 - 1, b"\0" * 32) + b"x" * 100)
 
 
-def test_a_sender_may_not_outgrow_the_header():
-    with pytest.raises(ValueError, match="header"):
-        wire.seal(Claims("a" * wire.MAX_HEADER, 0, 0, "x", 1, 1), "float32", b"")
+@pytest.mark.parametrize(
+    "claims",
+    [
+        Claims("a" * (wire.MAX_NAME + 1), 0, 0, "x", 1, 1),
+        Claims("é" * wire.MAX_NAME, 0, 0, "x", 1, 1),
+        Claims("a", 0, 0, "x", -1, 1),
+        Claims("a", 0, 0, "x", 1, 2**63),
+        Claims("a", 0, 0, "x", 1, 1, {f"m{i}": 0.0 for i in range(wire.MAX_METRICS + 1)}),
+        Claims("a", 0, 0, "x", 1, 1, {"loss": float("inf")}),
+    ],
+)
+def test_a_sender_is_told_what_the_door_would_refuse(claims):
+    with pytest.raises(ValueError, match="would be refused at the door"):
+        wire.seal(claims, "float32", b"")
+
+
+def test_the_largest_header_that_may_be_sent_can_be_read():
+    long = "a" * wire.MAX_NAME
+    metrics = {f"{i:02d}" + "m" * (wire.MAX_NAME - 2): 1.0 for i in range(wire.MAX_METRICS)}
+    claims = Claims(long, 2**63 - 1, 2**63 - 1, long, 2**63 - 1, 2**63 - 1, metrics)
+    assert wire.read(wire.seal(claims, long, b"")).claims == claims

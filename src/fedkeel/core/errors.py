@@ -26,10 +26,14 @@ class RunError(FedkeelError):
     """A run that started could not go on. The CLI exits with 1."""
 
 
+class InterruptedRunError(FedkeelError, KeyboardInterrupt):
+    """The user stopped a run; the message says how to go on. The CLI exits with 130."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The remedy for an unknown name: the nearest known one, or all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"known: {', '.join(names)}" if names else "none is known"
+    return f"known: {', '.join(names)}" if names else "none is registered; a plugin could"

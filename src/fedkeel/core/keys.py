@@ -21,9 +21,11 @@ class Key:
 
     @classmethod
     def root(cls, seed: int) -> Key:
+        """The key of a run, from its seed."""
         return cls(0).fold("fedkeel", seed)
 
     def fold(self, *parts: int | str) -> Key:
+        """The key of a part: fold(a, b) is fold(a).fold(b), and 1 differs from "1"."""
         value = self.value
         for part in parts:
             tagged = f"{'i' if isinstance(part, int) else 's'}{part}".encode()
@@ -38,4 +40,5 @@ class Key:
         return generator
 
     def numpy(self) -> np.random.Generator:
+        """A fresh numpy generator (Philox) at the start of this key's stream."""
         return np.random.Generator(np.random.Philox(key=self.value))

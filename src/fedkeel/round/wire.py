@@ -47,23 +47,23 @@ def seal(claims: Claims, codec: str, payload: bytes | memoryview, zstd: int = 0)
     """One envelope. `zstd` is a compression level, 0 for none."""
     raw = len(payload)
     body: bytes | memoryview = zstandard.ZstdCompressor(level=zstd).compress(payload) if zstd else payload
-    header: bytes = msgpack.packb(
-        {
-            "client": claims.client,
-            "task": claims.task,
-            "base": claims.base_version,
-            "layout": claims.layout_digest,
-            "examples": claims.num_examples,
-            "steps": claims.steps,
-            "metrics": dict(claims.metrics),
-            "codec": codec,
-            "raw": raw,
-            "zstd": bool(zstd),
-            "sha256": hashlib.sha256(body).digest(),
-        }
-    )
-    if len(header) > MAX_HEADER:
-        raise ValueError(f"the envelope's header has {len(header)} bytes, at most {MAX_HEADER} are allowed")
+    fields = {
+        "client": claims.client,
+        "task": claims.task,
+        "base": claims.base_version,
+        "layout": claims.layout_digest,
+        "examples": claims.num_examples,
+        "steps": claims.steps,
+        "metrics": dict(claims.metrics),
+        "codec": codec,
+        "raw": raw,
+        "zstd": bool(zstd),
+        "sha256": hashlib.sha256(body).digest(),
+    }
+    for name, valid in _FIELDS.items():
+        if not valid(fields[name]):
+            raise ValueError(f"the envelope's field '{name}' = {str(fields[name])[:80]!r} would be refused at the door")
+    header: bytes = msgpack.packb(fields)
     return b"".join((PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()), header, body))
 
 
@@ -139,12 +139,14 @@ def _count(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_NAME
+    return isinstance(value, str) and 0 < len(value.encode(errors="replace")) <= MAX_NAME
 
 
 def _metrics(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        _text(k) and type(v) in (int, float) and math.isfinite(v) for k, v in value.items()
+    return (
+        isinstance(value, Mapping)
+        and len(value) <= MAX_METRICS
+        and all(_text(k) and type(v) in (int, float) and math.isfinite(v) for k, v in value.items())
     )
 
 

@@ -70,6 +70,10 @@ class Federation:
 
     def trainer(self, backend: str | None = None) -> Trainer:
         train = self.job.train
+        if train.device not in ("cpu", "cuda"):
+            raise InputError(f"train.device = '{train.device}' is unknown: write cpu or cuda")
+        if train.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("train.device = 'cuda', but PyTorch finds no CUDA device here: write cpu")
         return make_trainer(
             backend or train.backend,
             self.module,

@@ -23,7 +23,7 @@ from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import rule
 from fedkeel.sim.pool import Pool
-from fedkeel.train.contract import Scale, tokens
+from fedkeel.train.contract import Scale, Tokens
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -46,18 +46,29 @@ FASHION_LABELS = (
 @rule("source")
 def digits(key: Key, *, test_fraction: Fraction = 0.2) -> Pool:
     """Handwritten digits of scikit-learn: 1,797 images of 8x8 in ten classes (Alpaydin & Kaynak 1998, UCI)."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = data.images.astype(np.uint8)[:, None]  # whole numbers in 0..16
+    rows = _digits()
     return Pool.from_arrays(
-        images,
-        data.target,
+        rows[:, :64].reshape(-1, 1, 8, 8),  # whole numbers in 0..16
+        rows[:, 64].astype(np.int64),
         test_fraction=test_fraction,
         key=key,
         prepare=Scale(0.0, 1 / 16),
-        labels=[str(name) for name in data.target_names],
+        labels=[str(digit) for digit in range(10)],
     )
+
+
+def _digits() -> NDArray[np.uint8]:
+    """scikit-learn's own file, (1797, 65): to import scikit-learn for it would take longer than a small run."""
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        path = Path(folder, "datasets", "data", "digits.csv.gz")
+        if path.is_file():
+            with gzip.open(path) as file:
+                return np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return np.column_stack([data.data, data.target]).astype(np.uint8)
 
 
 @rule("source")
@@ -153,7 +164,7 @@ def shakespeare(
                 rows = np.lib.stride_tricks.sliding_window_view(piece, window + 1)[::stride]
                 part.add(rows[:, :-1], rows[:, -1], role)
     (x, y, group), (test_x, test_y, _) = (part.arrays() for part in parts)
-    return Pool(x, y, test_x, test_y, len(alphabet), tokens, group, tuple(texts), tuple(alphabet), ordered=True)
+    return Pool(x, y, test_x, test_y, len(alphabet), Tokens(), group, tuple(texts), tuple(alphabet), ordered=True)
 
 
 class _Windows:

@@ -1,7 +1,7 @@
 """Local training: one contract, several backends, evaluation. Used by simulation and deployment alike."""
 
 from fedkeel.train.backends import backends, make_trainer
-from fedkeel.train.contract import ClientData, LocalWork, Prepare, Scale, Task, Trained, Trainer, tokens
+from fedkeel.train.contract import ClientData, LocalWork, Prepare, Scale, Task, Tokens, Trained, Trainer
 from fedkeel.train.evaluate import evaluate
 
 __all__ = [
@@ -10,10 +10,10 @@ __all__ = [
     "Prepare",
     "Scale",
     "Task",
+    "Tokens",
     "Trained",
     "Trainer",
     "backends",
     "evaluate",
     "make_trainer",
-    "tokens",
 ]

@@ -29,9 +29,12 @@ class Scale:
         return (x.sub_(self.shift) if self.shift else x).mul_(self.factor)
 
 
-def tokens(x: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Tokens:
     """Stored inputs to model inputs, for symbols: int64."""
-    return x.to(torch.int64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.to(torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
