@@ -186,7 +186,8 @@ def test_what_is_not_there_exits_with_two(fedkeel, arguments):
 
 
 def test_help_comes_without_torch_and_usage_errors_exit_with_two():
-    program = "import sys; from fedkeel import cli; sys.argv = ['fedkeel', '--help']\ntry:\n cli.main()\nexcept SystemExit: pass\n"
+    program = "import sys; from fedkeel import cli; sys.argv = ['fedkeel', '--help']\n"
+    program += "try:\n cli.main()\nexcept SystemExit: pass\n"
     check = (
         program + "assert 'torch' not in sys.modules and 'numpy' not in sys.modules and 'pydantic' not in sys.modules"
     )

@@ -196,7 +196,7 @@ def test_feature_noise_is_iid_with_the_papers_variances() -> None:
 
 def test_feature_noise_is_in_the_units_of_the_models_input() -> None:
     grey = torch.full((4000, 1, 2, 2), 255, dtype=torch.uint8)
-    from fedkeel.train.contract import Scale, tokens
+    from fedkeel.train.contract import Scale, Tokens
 
     images = Pool.from_arrays(grey, torch.arange(4000) % 2, grey[:2], torch.tensor([0, 1]), prepare=Scale(0.0, 1 / 255))
     split = build("partition", "feature_noise", sigma=0.01)(images, 1, Key.root(0))
@@ -205,7 +205,7 @@ def test_feature_noise_is_in_the_units_of_the_models_input() -> None:
     assert inputs.shape == grey.shape
     assert float(inputs.mean()) == pytest.approx(1.0, abs=0.01)
     assert float(inputs.std()) == pytest.approx(0.1, rel=0.05)
-    symbols = Pool.from_arrays(grey, torch.arange(4000) % 2, grey[:2], torch.tensor([0, 1]), prepare=tokens)
+    symbols = Pool.from_arrays(grey, torch.arange(4000) % 2, grey[:2], torch.tensor([0, 1]), prepare=Tokens())
     with pytest.raises(InputError, match="noise cannot be added to symbols"):
         clients(symbols, split, Key.root(0))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build
-from fedkeel.train import ClientData, LocalWork, Scale, Task, tokens
+from fedkeel.train import ClientData, LocalWork, Scale, Task, Tokens
 
 BATCH = 6
 COUNTS = (20, 3, 12, 7, 6, 1)  # partial batches, clients smaller than a batch, a lone last example
@@ -159,7 +159,7 @@ def data_of(case: Case, counts: tuple[int, ...] = COUNTS) -> ClientData:
     offsets = torch.tensor([0, *counts]).cumsum(0)
     if case.kind == "text":
         x = torch.randint(0, 11, (n, 5), generator=generator, dtype=torch.uint8)
-        return ClientData(x, torch.randint(0, 11, (n, 5), generator=generator), offsets, tokens)
+        return ClientData(x, torch.randint(0, 11, (n, 5), generator=generator), offsets, Tokens())
     x = torch.randint(0, 256, (n, 1, 8, 8), generator=generator, dtype=torch.uint8)
     if case.kind == "number":
         return ClientData(x, torch.randn(n, generator=generator), offsets, Scale(127.5, 1 / 64))

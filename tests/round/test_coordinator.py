@@ -21,7 +21,7 @@ CLIENTS = tuple("abcde")
 
 
 class Federation(RuleBasedStateMachine):
-    """Messages are answered, lost, delayed past the close, duplicated, reordered, corrupted; clients fail; time passes."""
+    """Messages are answered, lost, late, doubled, reordered, corrupted; clients fail; time passes."""
 
     @initialize(
         cohort=st.integers(1, 5),
@@ -166,7 +166,7 @@ class Federation(RuleBasedStateMachine):
                 assert sum(row.weight for row in report.clients) == pytest.approx(1)
 
     def teardown(self):
-        """Whatever happened, the transport's failures (or the clock) bring the run to its end, with all accounted for."""
+        """Whatever happened, failures that the transport reports (or the clock) end the run, with all accounted for."""
         if not hasattr(self, "coordinator"):
             return
         for _ in range(100):

@@ -29,13 +29,13 @@ def test_folding_is_pinned():
 
 
 def test_the_same_key_gives_the_same_draws_and_touches_nothing_global():
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     key = Key.root(1).fold("x")
     assert torch.equal(torch.randn(5, generator=key.torch()), torch.randn(5, generator=key.torch()))
     assert np.array_equal(key.numpy().normal(size=5), key.numpy().normal(size=5))
     assert not torch.equal(torch.randn(5, generator=key.torch()), torch.randn(5, generator=key.fold(1).torch()))
     assert torch.equal(torch_state, torch.get_rng_state())
-    assert np.array_equal(numpy_state, np.random.get_state()[1])
+    assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
 
 
 def test_streams_of_neighbouring_keys_are_uncorrelated():

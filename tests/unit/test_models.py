@@ -15,7 +15,7 @@ from fedkeel.core.keys import Key
 from fedkeel.core.registry import build, names
 from fedkeel.sim.models import build_model
 from fedkeel.sim.pool import Pool
-from fedkeel.train.contract import tokens
+from fedkeel.train.contract import Tokens
 
 # name, parameters, inputs, classes, published number of parameters
 SIZES = [
@@ -46,7 +46,7 @@ def pool(inputs: tuple[int, ...], symbols: bool) -> Pool:
     generator = Key.root(5).torch()
     if symbols:
         x = torch.randint(0, 4, (6, *inputs), dtype=torch.uint8, generator=generator)
-        return Pool.from_arrays(x, torch.arange(6) % 4, x, torch.arange(6) % 4, prepare=tokens)
+        return Pool.from_arrays(x, torch.arange(6) % 4, x, torch.arange(6) % 4, prepare=Tokens())
     x = torch.randn((6, *inputs), generator=generator)
     return Pool.from_arrays(x, torch.arange(6) % 4, x, torch.arange(6) % 4)
 

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.sim.pool import Pool, Split, clients, label_histogram
-from fedkeel.train.contract import Scale, tokens
+from fedkeel.train.contract import Scale, Tokens
 
 KEY = Key.root(0)
 
@@ -202,7 +202,7 @@ class TestClients:
 
     def test_symbols_stay_as_stored(self) -> None:
         x = torch.randint(0, 5, (6, 4), dtype=torch.uint8, generator=KEY.torch())
-        pool = Pool.from_arrays(x, torch.arange(6) % 5, x[:1], [0], prepare=tokens)
+        pool = Pool.from_arrays(x, torch.arange(6) % 5, x[:1], [0], prepare=Tokens())
         data, _ = clients(pool, Split((torch.arange(6),)), KEY)
         assert data.x.dtype == torch.uint8
         assert data.prepare(data.x).dtype == torch.int64

@@ -14,7 +14,7 @@ from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import build
-from fedkeel.train import ClientData, LocalWork, Scale, Task, backends, evaluate, make_trainer, tokens
+from fedkeel.train import ClientData, LocalWork, Scale, Task, Tokens, backends, evaluate, make_trainer
 from fedkeel.train.traced import TracedStep
 
 CE, MSE = build("loss", "cross_entropy"), build("loss", "mse")
@@ -52,7 +52,7 @@ def test_scale_leaves_the_stored_inputs_alone(shift: float, factor: float, kind:
     result = Scale(shift, factor)(x)
     assert torch.equal(result, (before.to(torch.float32) - shift) * factor)
     assert torch.equal(x, before)
-    assert tokens(torch.tensor([3], dtype=torch.uint8)).dtype == torch.int64
+    assert Tokens()(torch.tensor([3], dtype=torch.uint8)).dtype == torch.int64
 
 
 def normed() -> nn.Module:
@@ -97,8 +97,8 @@ def test_evaluate_of_numbers_sequences_and_nothing() -> None:
     layout = Layout.of(text)
     y = torch.tensor([[0, 1, 2], [3, 0, 0]])
     same = torch.tensor([[0, 1, 2], [3, 4, 4]], dtype=torch.uint8)
-    assert evaluate(text, layout, layout.flatten(text), same, y, tokens, CE)["accuracy"] == pytest.approx(4 / 6)
-    empty = evaluate(text, layout, layout.flatten(text), same[:0], y[:0], tokens, CE)
+    assert evaluate(text, layout, layout.flatten(text), same, y, Tokens(), CE)["accuracy"] == pytest.approx(4 / 6)
+    empty = evaluate(text, layout, layout.flatten(text), same[:0], y[:0], Tokens(), CE)
     assert empty["examples"] == 0
     assert math.isnan(empty["loss"] or 0.0)
 
@@ -168,8 +168,31 @@ def test_an_embedding_is_updated_only_in_the_rows_that_a_batch_has() -> None:
     module = nn.Sequential(nn.Embedding(1000, 4), nn.Flatten(), nn.Linear(8, 3))
     data = torch.randint(0, 1000, (8, 2))
     work = LocalWork(4, 0.1, build("stopping", "epochs"), CE)
-    given = ClientData(data, torch.zeros(8, dtype=torch.int64), torch.tensor([0, 8]), tokens)
+    given = ClientData(data, torch.zeros(8, dtype=torch.int64), torch.tensor([0, 8]), Tokens())
     program = TracedStep(module, Layout.of(module), given, work)._record(4)
     called = {getattr(f, "__name__", str(f)) for f in program.bound.values()}
     assert "index_add_" in called
     assert "embedding_dense_backward.default" not in called
+
+
+def test_a_batch_larger_than_any_client_is_one_batch():
+    """And costs no more: the rows backend pads to the batch size."""
+    data = ClientData(
+        torch.randn(30, 4), torch.randint(0, 3, (30,), generator=Key(1).torch()), torch.tensor([0, 12, 30])
+    )
+    module = torch.nn.Linear(4, 3)
+    layout = Layout.of(module)
+    tasks = [Task(client, Key.root(client)) for client in range(2)]
+    found = {}
+    for backend in ("loop", "traced", "rows"):
+        for size in (18, 10**9):
+            work = LocalWork(size, 0.1, build("stopping", "epochs", epochs=2), build("loss", "cross_entropy"))
+            trainer = make_trainer(backend, module, layout, data, work, workers=1)
+            theta = layout.flatten(module)
+            found[backend, size] = {t.client: (t.steps, t.delta.clone()) for t in trainer.train(theta, tasks)}
+            trainer.close()
+    for backend in ("loop", "traced", "rows"):
+        for client in range(2):
+            steps, delta = found[backend, 10**9][client]
+            assert steps == 2
+            assert torch.equal(delta, found[backend, 18][client][1])

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import build
-from fedkeel.train import ClientData, LocalWork, Scale, tokens
+from fedkeel.train import ClientData, LocalWork, Scale, Tokens
 from fedkeel.train.backends import fits
 
 
@@ -149,7 +149,7 @@ def reason(backend: str, module: nn.Module, *corrections: str) -> str | None:
     offsets = torch.tensor([0, 7, 12])
     if isinstance(module, Masked):
         x = torch.randint(0, 11, (12, 5), generator=generator)
-        data = ClientData(x, x.roll(-1, 1), offsets, tokens)
+        data = ClientData(x, x.roll(-1, 1), offsets, Tokens())
     else:
         x = torch.randint(0, 256, (12, 1, 8, 8), generator=generator, dtype=torch.uint8)
         data = ClientData(x, torch.randint(0, 4, (12,), generator=generator), offsets, Scale(127.5, 1 / 64))

@@ -50,6 +50,8 @@ def make_trainer(
         raise InputError(f"workers = {workers} is not valid: write 1 or more")
     device = torch.device(device)
     data = replace(data, x=data.x.to(device), y=data.y.to(device))
+    # A larger batch is the same batch, and would only cost memory where batches are padded.
+    work = replace(work, batch_size=min(work.batch_size, int(data.offsets.diff().max())))
     if backend == "auto":
         backend = _fastest(module, layout, data, work)
     elif reason := fits(backend, module, layout, data, work):
