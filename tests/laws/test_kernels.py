@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedkeel.core.keys import Key
 from fedkeel.kernels import blocks, combine, distance, network, order
 
 FLOATS = st.floats(-(2.0**126), 2.0**126, width=32)
@@ -239,3 +241,19 @@ def test_rows_with_coefficient_zero_count_for_nothing() -> None:
     U[3], U[35] = torch.nan, torch.inf
     torch.testing.assert_close(combine.weighted_sum(U, w), wanted)
     assert torch.equal(combine.weighted_sum(U[:5], torch.zeros(5, dtype=torch.float64))[4:], torch.zeros(96))
+
+
+@given(st.integers(1, 30_000), st.sampled_from([1e-38, 1e-12, 1.0, 1e15, 3e38]), st.integers(0, 99))
+def test_the_quick_norm_is_the_exact_one_to_float32(columns, scale, seed):
+    row = torch.randn(columns, generator=Key.root(seed).torch()).clamp(-1, 1) * scale
+    exact = float(row.double().square().sum())
+    assert distance.sq_norm(row) == pytest.approx(exact, rel=2e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [0, 8191, 8192, 20_000])
+def test_the_quick_norm_sees_what_is_not_finite(value, at):
+    row = torch.zeros(20_001)
+    row[at] = value
+    assert not math.isfinite(distance.sq_norm(row))
+    assert distance.sq_norm(torch.zeros(0)) == 0.0

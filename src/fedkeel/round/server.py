@@ -51,7 +51,7 @@ class Server:
         self.plan = plan
         self.layout = layout
         self.state = state.replace(opt=state.opt or plan.optimiser.init(state.theta[layout.params]))
-        self._codec = plan.codec()
+        self._codec, self._codec_name = plan.codec(), repr(plan.codec)
         self._header_checks = [c for c in plan.checks if "header" in c.definition.traits]
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
         columns = layout.columns
@@ -131,7 +131,7 @@ class Server:
 
     def _decode(self, sealed: wire.Sealed) -> Tensor:
         columns = self._sum.slot() if self._streams else self._store.slot()
-        wire.open_payload(sealed, repr(self.plan.codec), self._codec, columns)
+        wire.open_payload(sealed, self._codec_name, self._codec, columns)
         return columns
 
     def _check_header(self, client: str, update: Update) -> Refusal | None:
@@ -149,9 +149,10 @@ class Server:
 
     def _measure(self, update: Update, delta: Tensor) -> Update:
         params = self.layout.params
-        square = float(distance.sq_norms(delta[None, params])[0])
-        rest = delta[params.stop :]
-        finite = math.isfinite(square) and bool(torch.isfinite(rest).all())
+        square = distance.sq_norm(delta[params])
+        finite = math.isfinite(square)
+        if finite and params.stop < delta.numel():
+            finite = math.isfinite(distance.sq_norm(delta[params.stop :]))
         return replace(update, delta=delta, norm=math.sqrt(square), finite=finite)
 
     def _admit(self, client: str, update: Update) -> None:
@@ -246,7 +247,7 @@ class Server:
         )
 
     def _length(self, row: Tensor) -> float:
-        return math.sqrt(float(distance.sq_norms(row[None, self.layout.params])[0]))
+        return math.sqrt(distance.sq_norm(row[self.layout.params]))
 
     def _screen(self, cohort: Cohort) -> tuple[list[int], dict[int, Refusal]]:
         refused: dict[int, Refusal] = {}
@@ -283,7 +284,7 @@ class Server:
         theta, opt = self.plan.optimiser(state.theta[params], direction[params], state.opt)
         if params.stop < direction.numel():
             theta = torch.cat([theta, state.theta[params.stop :] + direction[params.stop :]])
-        if not bool(torch.isfinite(theta).all()):
+        if not math.isfinite(distance.sq_norm(theta)):
             raise CohortError("the aggregate is not finite")
         self.state = state.replace(theta=theta, opt=opt, version=state.version + 1)
 
