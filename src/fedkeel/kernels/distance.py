@@ -48,7 +48,9 @@ def sq_norm(row: Tensor) -> float:
     if row.device.type != "cpu" or row.dtype != torch.float32:
         return float(sq_norms(row[None])[0])
     values = row.detach().numpy()
-    total = math.fsum(float(np.dot(part, part)) for part in np.split(values, range(_RUN, values.size, _RUN)))
+    with np.errstate(over="ignore", invalid="ignore"):  # seen below
+        parts = [float(np.dot(part, part)) for part in np.split(values, range(_RUN, values.size, _RUN))]
+    total = math.fsum(parts)
     return total if _FAINT < total < math.inf else float(sq_norms(row[None])[0])
 
 
