@@ -42,7 +42,7 @@ def partials(columns: int, size: int, work: Callable[[slice], T]) -> list[T]:
 
     The ranges depend on `columns` and `size` alone, so a sum of the results does not depend on the number of workers.
     """
-    parts = list(spans(slice(0, columns), max(-(-columns // _PARTS), size, 1)))
+    parts = list(spans(slice(0, columns), max(-(-columns // _PARTS), size, 1))) or [slice(0, 0)]
     workers = min(torch.get_num_threads(), len(parts))
     if workers <= 1:
         return [work(part) for part in parts]
