@@ -11,7 +11,7 @@ import fedkeel
 
 @fedkeel.rule("reducer", needs=lambda trim: 2 * trim + 1, traits=("coordinatewise", "unweighted"))
 def winsorised(U: Tensor, w: Tensor, *, trim: int = 1) -> Tensor:
-    """Pull each column's `trim` lowest and highest values to the nearest kept one, then average. Weights are ignored."""
+    """Pull each column's `trim` extremes on each side to the nearest kept value, then average; weights are ignored."""
     rows = U[w > 0]
     if len(rows) < 2 * trim + 1:
         raise fedkeel.CohortError(f"winsorised(trim={trim}) needs {2 * trim + 1} rows, {len(rows)} have weight")

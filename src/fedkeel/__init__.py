@@ -36,8 +36,13 @@ if TYPE_CHECKING:
     from fedkeel.core.registry import names as names
     from fedkeel.core.registry import parse as parse
     from fedkeel.core.registry import rule as rule
+    from fedkeel.core.types import Codec as Codec
     from fedkeel.core.types import Cohort as Cohort
+    from fedkeel.core.types import Decision as Decision
+    from fedkeel.core.types import Refusal as Refusal
+    from fedkeel.core.types import ServerState as ServerState
     from fedkeel.core.types import Update as Update
+    from fedkeel.core.types import View as View
     from fedkeel.sim.pool import Pool as Pool
     from fedkeel.sim.pool import Split as Split
 
@@ -56,7 +61,7 @@ _HOMES = {
     "fedkeel.core.keys": ("Key",),
     "fedkeel.core.layout": ("Layout",),
     "fedkeel.core.registry": ("RegistrationError", "Rule", "build", "names", "parse", "rule"),
-    "fedkeel.core.types": ("Cohort", "Update"),
+    "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Refusal", "ServerState", "Update", "View"),
     "fedkeel.sim.pool": ("Pool", "Split"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

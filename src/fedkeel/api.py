@@ -11,7 +11,7 @@ from typing import Any
 
 from fedkeel import plugins
 from fedkeel.config import Job, load
-from fedkeel.core.errors import InterruptedRunError, RunError
+from fedkeel.core.errors import InputError, InterruptedRunError, RunError
 from fedkeel.core.types import ClientMemory, RoundReport, ServerState
 from fedkeel.ship import card, checkpoint
 from fedkeel.ship.ledger import Ledger
@@ -113,7 +113,7 @@ def run(job: Job, out: Path | str | None = None, *, watch: Watcher | None = None
         directory = RunDir.create(out or _free(job.name), kept.to_toml(), texts)
         state = ServerState(federation.theta())
         with directory.lock(), directory.ledger() as ledger:
-            ledger.write_meta(_meta(federation, trainer))
+            ledger.write_meta(_meta(federation, trainer, load(directory.job).to_toml()))
             _simulate(directory, ledger, federation, trainer, state, ClientMemory(), watch)
     return _finished(directory, with_report)
 
@@ -122,21 +122,27 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
     """Go on with an interrupted run, to the same final weights as an unbroken one; a finished one is returned."""
     opened = Run(path)
     if opened.done:
+        if with_report and not opened.dir.report.is_file():
+            opened.report()
         return opened
     directory, job = opened.dir, opened.job
     plugins.load(job.plugins)
     federation = Federation.of(job)
     with directory.lock(), directory.ledger() as ledger:
         backend = ledger.meta.get("backend")
+        if ledger.meta.get("settings", job.to_toml()) != job.to_toml():
+            raise InputError(f"'{directory.job}' was changed since the run began: restore it, or begin a new run")
         with contextlib.closing(federation.trainer(backend)) as trainer:
             newest = checkpoint.latest(directory.checkpoints)
             if newest is None:
-                state, memory = ServerState(federation.theta()), ClientMemory()
+                state, memory, extra = ServerState(federation.theta()), ClientMemory(), {"time": 0.0}
             else:
-                state, memory, _ = checkpoint.load(newest, layout_digest=federation.layout.digest)
+                state, memory, extra = checkpoint.load(newest, layout_digest=federation.layout.digest)
+            if len(ledger.rounds()) < state.round:
+                raise InputError(f"ledger '{directory.ledger_path}' lacks rounds before {state.round}: restore it")
             ledger.rewind(state.round)
-            ledger.write_meta(_meta(federation, trainer))
-            _simulate(directory, ledger, federation, trainer, state, memory, watch)
+            ledger.write_meta(_meta(federation, trainer, job.to_toml()))
+            _simulate(directory, ledger, federation, trainer, state, memory, watch, extra["time"])
     return _finished(directory, with_report)
 
 
@@ -174,10 +180,10 @@ class _Record:
         if round == 0 and self.watch is not None:
             self.watch(Progress(self.directory.path, 0, self.federation.job.rounds, values, 0, 0, None))
 
-    def checkpoint(self, state: ServerState, memory: ClientMemory) -> None:
+    def checkpoint(self, state: ServerState, memory: ClientMemory, now: float) -> None:
         digest = self.federation.layout.digest
         self.ledger.sync()  # a checkpoint must never be newer than the ledger, even after a power cut
-        checkpoint.save(self.directory.checkpoints, state, memory, {}, layout_digest=digest)
+        checkpoint.save(self.directory.checkpoints, state, memory, {"time": now}, layout_digest=digest)
         checkpoint.prune(self.directory.checkpoints)
 
 
@@ -189,10 +195,11 @@ def _simulate(
     state: ServerState,
     memory: ClientMemory,
     watch: Watcher | None,
+    now: float = 0.0,
 ) -> None:
     record = _Record(directory, ledger, federation, watch)
     try:
-        final = Simulator(federation, trainer, state, memory, record).run()
+        final = Simulator(federation, trainer, state, memory, record, now).run()
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; go on with: fedkeel resume {directory.path}") from None
     pool = federation.pool
@@ -218,7 +225,7 @@ def _finished(directory: RunDir, with_report: bool) -> Run:
     return done
 
 
-def _meta(federation: Federation, trainer: Trainer) -> dict[str, Any]:
+def _meta(federation: Federation, trainer: Trainer, settings: str) -> dict[str, Any]:
     from importlib.metadata import version
 
     job, pool = federation.job, federation.pool
@@ -236,6 +243,7 @@ def _meta(federation: Federation, trainer: Trainer) -> dict[str, Any]:
         "labels": list(pool.labels),
         "label_histogram": histogram,
         "hostile": sorted(federation.adversary.clients),
+        "settings": settings,
     }
 
 

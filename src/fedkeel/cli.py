@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +70,10 @@ def new(
         if Path(file).exists():
             raise InputError(f"'{file}' exists already: choose another name, or delete it")
     for file, text in files.items():
-        Path(file).write_text(text, encoding="utf-8")
+        try:
+            Path(file).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"'{file}' can not be written ({error.strerror}): choose another directory") from None
         _out.print(f"wrote {escape(file)}")
     _out.print(f"run it: fedkeel run {escape(name)}.toml")
 
@@ -88,7 +91,7 @@ def run(
     from fedkeel.watch import watching
 
     built = _job(job, settings, plugin)
-    with _interruptible(), watching(_err, built.rounds, built.name) as watch:
+    with _quiet(as_json), _interruptible(), watching(_err, built.rounds, built.name) as watch:
         done = api.run(built, out, watch=watch)
     _finish(done, as_json)
 
@@ -165,7 +168,11 @@ def compare(
         if not equals or key in varied:
             raise InputError(f"--vary '{text}': write each key once, as aggregate.reduce=mean,median")
         varied[key] = split_list(values)
-    with _interruptible("fedkeel compare with the same arguments"), comparing(_err, built.rounds) as watch:
+    with (
+        _quiet(as_json),
+        _interruptible("fedkeel compare with the same arguments"),
+        comparing(_err, built.rounds) as watch,
+    ):
         found = run_comparison(built, varied, seeds=seeds, out=out, metric=metric, watch=watch)
     if as_json:
         result = {"metric": found.metric, "variants": found.table, "csv": str(found.csv), "report": str(found.report)}
@@ -181,6 +188,11 @@ def demo(out: Out = None, settings: Settings = None) -> None:
     from fedkeel import demo as demonstration
 
     demonstration.run(_out, _err, out, settings or [])
+
+
+def _quiet(as_json: bool) -> AbstractContextManager[object]:
+    """What a user's code prints must not stand before the JSON."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 @contextmanager
@@ -203,6 +215,11 @@ def _job(path: Path, settings: list[str] | None, plugin: list[Path] | None) -> J
 
 
 def _finish(done: Run, as_json: bool) -> None:
+    from fedkeel.core.errors import RunError
+
+    rounds = done.rounds
+    if rounds and all(row["skipped"] for row in rounds):
+        raise RunError(f"every round was skipped, the last because: {rounds[-1]['skipped']}; see {done.path}")
     found: dict[str, Any] = {}
     for metric in ("accuracy", "loss"):
         row = done.final(metric)
@@ -210,15 +227,13 @@ def _finish(done: Run, as_json: bool) -> None:
             found[metric] = {k: row[k] for k in ("value", "low", "high")}
     if as_json:
         _out.print_json(
-            json.dumps(
-                {"run": str(done.path), "rounds": done.job.rounds, "final": found, "report": str(done.dir.report)}
-            )
+            json.dumps({"run": str(done.path), "rounds": len(rounds), "final": found, "report": str(done.dir.report)})
         )
         return
     from fedkeel.watch import figure
 
     shown = ", ".join(f"{name} {figure(row)}" for name, row in found.items())
-    _out.print(f"{escape(done.job.name)}: {shown} after {done.job.rounds} rounds")
+    _out.print(f"{escape(done.job.name)}: {shown} after {len(rounds)} rounds")
     _out.print(f"run: {escape(str(done.path))}\nreport: {escape(str(done.dir.report))}")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedkeel import plugins
 from fedkeel.api import Progress, Run, Watcher, resume, run
 from fedkeel.config import Job
 from fedkeel.core.errors import InputError
@@ -49,10 +50,10 @@ class Comparison:
             {
                 "variant": v.label,
                 "seeds": len(v.values),
-                "mean": v.mean,
-                "low": v.low,
-                "high": v.high,
-                "values": list(v.values),
+                "mean": _known(v.mean),
+                "low": _known(v.low),
+                "high": _known(v.high),
+                "values": [_known(x) for x in v.values],
             }
             for v in self.variants
         ]
@@ -76,9 +77,13 @@ def compare(
 
     if seeds < 1:
         raise InputError(f"seeds = {seeds}: at least one is needed")
+    if metric not in ("accuracy", "loss"):
+        raise InputError(f"metric '{metric}' is unknown: write accuracy or loss")
     for key, values in vary.items():
-        if not values:
-            raise InputError(f"--vary {key} names no values: write {key}=a,b")
+        if key == "seed":
+            raise InputError("--vary seed is not needed: every variant runs over the seeds; set their number")
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"--vary {key} must name different values, as {key}=a,b")
     root = Path(out) if out else Path("runs") / f"{job.name}-compare"
     combinations = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
     planned = [(c, _jobs(job, c, seeds)) for c in combinations]
@@ -86,9 +91,9 @@ def compare(
     for settings, jobs in planned:
         label = ", ".join(settings.values()) or job.name
         done = []
-        for seed, one in enumerate(jobs):
+        for one in jobs:
             place = root / _folder(settings) / f"seed-{one.seed}"
-            tell = _teller(watch, label, seed)
+            tell = _teller(watch, label, one.seed)
             done.append(_run_or_resume(one, place, tell))
         found.append(_summary(label, settings, done, metric))
     table = root / "comparison.csv"
@@ -106,9 +111,13 @@ def compare(
     return Comparison(metric, tuple(found), table, page)
 
 
+def _known(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
 def _jobs(job: Job, settings: Mapping[str, str], seeds: int) -> list[Job]:
     """The job with these settings at every seed, checked as far as it can be without its data."""
-    from fedkeel import plugins
     from fedkeel.sim.federation import build_plan, build_work
 
     plugins.load(job.plugins)
@@ -128,6 +137,8 @@ def _run_or_resume(job: Job, place: Path, watch: Watcher) -> Run:
     kept = Run(place).job
     if kept.model_copy(update={"plugins": ()}) != job.model_copy(update={"plugins": ()}):
         raise InputError(f"'{place}' holds a run of another job: choose another --out, or delete it")
+    if plugins.read(kept.plugins) != plugins.read(job.plugins):
+        raise InputError(f"'{place}' was run with other plugins: choose another --out, or delete it")
     return resume(place, watch=watch, with_report=False)
 
 
@@ -136,10 +147,11 @@ def _summary(label: str, settings: Mapping[str, str], runs: Sequence[Run], metri
     alone: dict[int, tuple[float, float, float]] = {}
     for one in runs:
         for row in one.metrics:
-            if row["name"] == metric and row["scope"] == "global" and row["value"] is not None:
-                by_round.setdefault(row["round"], []).append(row["value"])
-                low, high = (row["value"] if row[k] is None else row[k] for k in ("low", "high"))
-                alone[row["round"]] = (row["value"], low, high)
+            if row["name"] == metric and row["scope"] == "global":
+                value = math.nan if row["value"] is None else row["value"]  # a seed that diverged stays in sight
+                by_round.setdefault(row["round"], []).append(value)
+                low, high = (value if row[k] is None else row[k] for k in ("low", "high"))
+                alone[row["round"]] = (value, low, high)
     if not by_round:
         raise InputError(
             f"metric '{metric}' is not in the runs: they measure loss, and accuracy where there are labels"
@@ -164,7 +176,7 @@ def _interval(values: Sequence[float], least: float, most: float) -> tuple[float
     mean = sum(values) / n
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return mean, max(least, mean - half), min(most, mean + half)
+    return (mean, max(least, mean - half), min(most, mean + half)) if math.isfinite(mean) else (mean, mean, mean)
 
 
 def _folder(settings: Mapping[str, str]) -> str:

@@ -47,7 +47,7 @@ class Train(Section):
     """What each selected client does."""
 
     batch_size: Positive = Field(20, description="examples per step")
-    lr: Annotated[float, Field(gt=0)] = Field(0.1, description="learning rate of the local SGD")
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(0.1, description="learning rate of the local SGD")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
     corrections: tuple[str, ...] = Field((), description="changes to the local gradient: `fedkeel rules correction`")
     backend: str = Field("auto", description="auto, traced, rows or loop: the same results, at different speed")
@@ -84,7 +84,6 @@ class Aggregate(Section):
     weigh: tuple[str, ...] = Field(("examples",), description="weights, multiplied: `fedkeel rules weigher`")
     mix: tuple[str, ...] = Field((), description="in order: `fedkeel rules mixer`")
     reduce: str = Field("mean", description="rows to one: `fedkeel rules reducer`")
-    max_staleness: Annotated[int, Field(ge=0)] = Field(0, description="how many versions behind an update may be")
 
 
 class Server(Section):
@@ -177,7 +176,7 @@ class Job(Section):
         values = self.model_dump(mode="json", exclude_none=True)
         for setting in settings:
             key, equals, text = setting.partition("=")
-            if not equals:
+            if not equals or "\n" in setting:
                 raise InputError(f"'{setting}' is no setting: write section.key=value")
             _assign(values, key.strip(), text.strip())
         return Job(**values)

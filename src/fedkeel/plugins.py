@@ -40,10 +40,13 @@ def load(paths: Sequence[str]) -> None:
             raise InputError(f"plugin '{given}' is no Python file: give it the ending .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
+        sys.path.insert(0, str(path.parent))  # a plugin may import its neighbours
         try:
             spec.loader.exec_module(module)
         except FedkeelError as error:
             raise InputError(f"plugin '{given}': {error}") from None
         except Exception as error:
             raise InputError(f"plugin '{given}' failed to load ({type(error).__name__}: {error}): mend it") from error
+        finally:
+            sys.path.remove(str(path.parent))
         _loaded.add(digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ LINES = 10
 
 def figure(row: Mapping[str, Any]) -> str:
     """`0.9361 [0.9087, 0.9556]`."""
+    if row["value"] is None:
+        return "not a number"
     if row["low"] is None:
         return f"{row['value']:.4f}"
     return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
@@ -82,6 +85,12 @@ def comparing(console: Console, rounds: int) -> Iterator[Callable[[str, int, api
         yield step
 
 
+def _interval(mean: float, low: float, high: float) -> tuple[str, str, str]:
+    if not math.isfinite(mean):
+        return "diverged", "", ""
+    return f"{mean:.4f}", f"{low:.4f}", f"{high:.4f}"
+
+
 def table(found: Comparison) -> Table:
     """Mean and interval of every variant."""
     shown = Table(title=f"final {found.metric}, mean and 95% interval over seeds")
@@ -89,5 +98,5 @@ def table(found: Comparison) -> Table:
     for column in ("seeds", "mean", "low", "high"):
         shown.add_column(column, justify="right")
     for v in found.variants:
-        shown.add_row(escape(v.label), str(len(v.values)), f"{v.mean:.4f}", f"{v.low:.4f}", f"{v.high:.4f}")
+        shown.add_row(escape(v.label), str(len(v.values)), *_interval(v.mean, v.low, v.high))
     return shown

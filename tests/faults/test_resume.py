@@ -135,6 +135,27 @@ def test_a_finished_run_is_returned_as_it_is(unbroken):
     assert (run.path / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_changed_job_or_a_lost_ledger_is_refused(tmp_path):
+    (tmp_path / "job.toml").write_text(job("loop").to_toml())
+    place = tmp_path / "run"
+    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(place), "5", "60"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == 5:
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+    text = (place / "job.toml").read_text()
+    (place / "job.toml").write_text(text.replace("seed = 0", "seed = 1"))
+    with pytest.raises(fedkeel.InputError, match="was changed since the run began"):
+        fedkeel.resume(place)
+    (place / "job.toml").write_text(text)
+    for path in place.glob("ledger.sqlite*"):
+        path.unlink()
+    with pytest.raises(fedkeel.InputError, match="lacks rounds"):
+        fedkeel.resume(place)
+
+
 def test_a_run_in_use_is_not_resumed_by_another_process(tmp_path):
     (tmp_path / "job.toml").write_text(job("loop").to_toml())
     arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(tmp_path / "run"), "1", "60"]

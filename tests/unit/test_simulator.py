@@ -183,3 +183,69 @@ def test_a_state_is_never_changed_in_place():
     state = ServerState(torch.zeros(3))
     assert state.replace(round=2).round == 2
     assert state.round == 0
+
+
+@fedkeel.rule("scheduler")
+def first_of_for_tests(view, *, enough: int):
+    """Close as soon as `enough` updates came (tests)."""
+    if view.started == 0:
+        return fedkeel.Decision(start=view.cohort)
+    return fedkeel.Decision(close=view.received >= enough or view.in_flight == 0)
+
+
+def test_a_scheduler_that_closes_early_gives_the_same_run_every_time(tmp_path):
+    """Workers end in any order; answers of the same virtual time come in the order of their tasks."""
+    options = {"schedule": {"rule": "first_of_for_tests(enough=2)"}, "train": {"backend": "traced", "workers": 2}}
+    assert len({theta(run(tmp_path, f"r{i}", **options)) for i in range(3)}) == 1
+
+
+@fedkeel.rule("model")
+def picky(inputs: tuple[int, ...], classes: int, *, above: float) -> nn.Module:
+    """A model that raises in training for dark images, or for all (tests)."""
+
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(math.prod(inputs), classes)
+
+        def forward(self, x):
+            if self.training and float(x.mean(dim=(1, 2, 3)).max()) > above:
+                raise ValueError("too bright")
+            return self.linear(x.flatten(1))
+
+    return Picky()
+
+
+def test_a_client_whose_step_raises_fails_alone(tmp_path):
+    one = run(tmp_path, model={"build": "picky(above=0.42)"}, rounds=2, select={"cohort": None})
+    failed = [u for u in one.updates if u["stage"] == "train"]
+    assert {u["reason"] for u in failed} == {"the training step raised ValueError: too bright"}
+    assert any(u["weight"] > 0 for u in one.updates)
+
+
+def test_a_model_that_no_client_can_train_ends_the_run_with_a_sentence(tmp_path):
+    with pytest.raises(fedkeel.RunError, match=r"every client of round 1 failed: .*too bright"):
+        run(tmp_path, model={"build": "picky(above=-1.0)"})
+
+
+def test_a_comparison_shows_that_a_seed_diverged(tmp_path):
+    wild = job(model={"build": "mlp(hidden=(16,))"}, attack={"rule": "gaussian(std=1e30)", "clients": 2})
+    found = fedkeel.compare(wild, {"aggregate.reduce": ["mean", "median"]}, seeds=2, metric="loss", out=tmp_path / "c")
+    mean, median = found.variants
+    assert math.isnan(mean.mean)
+    assert mean.curve[-1][0] == median.curve[-1][0] == wild.rounds
+    assert "nan" in found.csv.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"loss": "mse"}}, "model.loss"),
+        ({"train": {"lr": math.inf}}, "train.lr"),
+        ({"train": {"device": "tpu"}}, "train.device"),
+    ],
+)
+def test_what_can_not_train_is_refused_before_it_is_tried(tmp_path, change, said):
+    with pytest.raises(fedkeel.InputError, match=said):
+        run(tmp_path, **change)
+    assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "mixer": ("(U, w) -> (U, w)", "fedkeel.rules.mix"),
     "reducer": ("(U, w) -> (P,)", "fedkeel.rules.reduce"),
     "server_optimiser": ("(theta, d, s) -> (theta, s)", "fedkeel.rules.server_opt"),
-    "attack": ("(U, bad, keys) -> rows (f, P)", "fedkeel.rules.attack"),
+    "attack": ("(U, bad, keys) -> rows (f, P), with trait rows; or on claims, data", "fedkeel.rules.attack"),
     "scheduler": ("(view) -> decision", "fedkeel.rules.schedule"),
     "source": ("(key) -> Pool", "fedkeel.sim.sources"),
     "partition": ("(pool, clients, key) -> Split", "fedkeel.sim.partitions"),
@@ -138,13 +138,22 @@ def rule(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         label = name or function.__name__
         _load(kind, registering=function.__module__)
-        if label in _rules[kind]:
+        known = _rules[kind].get(label)
+        again = known is not None and (known.function.__module__, known.function.__qualname__) == (
+            function.__module__,
+            function.__qualname__,
+        )  # a notebook cell that is run once more
+        if known is not None and not (again and not function.__module__.startswith("fedkeel.")):
             raise RegistrationError(f"{kind} '{label}' is registered already: choose another name")
         signature = inspect.signature(function)
         parameters = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
         hints = {p.name: _annotation(function, p, f"{kind} '{label}'") for p in parameters.values()}
         if not function.__doc__:
             raise RegistrationError(f"{kind} '{label}' needs a docstring: its first line is the help users read")
+        if kind == "attack" and len({"rows", "claims", "data"} & set(traits)) != 1:
+            raise RegistrationError(
+                f"attack '{label}' must have one trait of 'rows', 'claims', 'data': what it acts on"
+            )
         _rules[kind][label] = Definition(kind, label, function, parameters, hints, needs, init, frozenset(traits))
         return function
 
@@ -199,7 +208,8 @@ def build(kind: str, name: str, /, **parameters: Any) -> Rule:
             bound[parameter] = spec.default
             continue
         value = parameters[parameter]
-        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, list) and "tuple" in str(found.types[parameter]).lower():
+            value = tuple(value)
         try:
             bound[parameter] = TypeAdapter(found.types[parameter]).validate_python(value, strict=True)
         except ValidationError as error:

@@ -42,8 +42,8 @@ class Claims:
 class Update:
     """An update at the door: the claims, and once its payload is decoded the delta (P,) and what was measured of it.
 
-    `norm` is the L2 norm of the parameter columns, accumulated in float64; `finite` is about every column.
-    `payload_digest` is the SHA-256 of the encoded row. Checks with the trait "header" see no delta yet.
+    `norm` is the L2 norm of all columns, buffers included: what no rule looks at is where an attack would go.
+    `payload_digest` is the SHA-256 of the payload as sent. Checks with the trait "header" see no delta yet.
     """
 
     claims: Claims
@@ -108,7 +108,7 @@ class Decision(NamedTuple):
 class Cohort:
     """Admitted rows only, in the order in which the clients were selected.
 
-    U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of the parameter columns.
+    U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of all columns.
     `params` are the columns of U that are parameters (the rest are buffers).
     """
 
@@ -126,8 +126,8 @@ class Cohort:
 
     @cached_property
     def sq_distances(self) -> Tensor:
-        """Squared distances between the rows' parameters, (n, n) float64: one Gram matrix for every distance rule."""
-        return distance.sq_distances(self.U[:, self.params])
+        """Squared distances between rows, (n, n) float64: one Gram matrix for every distance rule. Buffers count."""
+        return distance.sq_distances(self.U)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class RoundReport:
 
     `skipped` says why the model was kept, if it was.
     `time` is the federation's clock (virtual in the simulator) at close, in seconds; `seconds` the wall time by part.
-    `cosine` of a client is between its row and the aggregate, over the parameter columns.
+    `cosine` of a client is between its row and the aggregate.
     """
 
     round: int

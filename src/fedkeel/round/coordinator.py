@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
 from fedkeel.core.types import Refusal, RoundReport, View
 from fedkeel.round.plan import Plan
@@ -148,8 +149,12 @@ class Coordinator:
                 if not given:
                     return commands
                 commands += given
+            elif decision.wake is not None and decision.wake > now:
+                return [*commands, Wait(decision.wake)]
+            elif decision.wake is None and self._in_flight:
+                return commands
             else:
-                return commands if decision.wake is None else [*commands, Wait(decision.wake)]
+                raise RunError(f"scheduler '{self.plan.schedule!r}' neither starts, closes nor waits: no round can end")
 
     def _give(self, count: int, deadline: float | None) -> list[Command]:
         free = [c for c in self._clients if c not in self._in_flight]
@@ -159,6 +164,10 @@ class Coordinator:
         number = state.round + 1
         key = self._key.fold("select", number, self._started)
         chosen = self.plan.select(free, min(count, len(free)), number, key)
+        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(free):
+            raise RunError(
+                f"selector '{self.plan.select!r}' chose {list(chosen)[:5]}: it must choose free clients, once each"
+            )
         commands: list[Command] = []
         for client in chosen:
             task = self.server.give(client)

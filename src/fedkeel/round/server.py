@@ -59,6 +59,7 @@ class Server:
         self._store = RowStore(columns, 0 if self._streams else plan.cohort)
         self._sum = RowSum(columns if self._streams else 0)
         self._outstanding: dict[str, int] = {}
+        self._versions: dict[str, int] = {}
         self._answered: set[int] = set()
         self._admitted: list[_Admitted] = []
         self._refused: list[ClientRow] = []
@@ -76,6 +77,7 @@ class Server:
         task = self.state.next_task
         self.state = self.state.replace(next_task=task + 1)
         self._outstanding[client] = task
+        self._versions[client] = self.state.version
         return task
 
     def give_up(self, client: str, refusal: Refusal) -> None:
@@ -145,15 +147,14 @@ class Server:
         if refusal is None and not open_task:
             # Structural, whatever checks a job names: no task is answered twice, none without being given.
             return Refusal("check", "task", f"task {claims.task} is not one that this client was given")
+        if refusal is None and claims.base_version != self._versions[client]:
+            given = self._versions[client]
+            return Refusal("check", "task", f"it claims model version {claims.base_version}, it was given {given}")
         return refusal
 
     def _measure(self, update: Update, delta: Tensor) -> Update:
-        params = self.layout.params
-        square = distance.sq_norm(delta[params])
-        finite = math.isfinite(square)
-        if finite and params.stop < delta.numel():
-            finite = math.isfinite(distance.sq_norm(delta[params.stop :]))
-        return replace(update, delta=delta, norm=math.sqrt(square), finite=finite)
+        square = distance.sq_norm(delta)
+        return replace(update, delta=delta, norm=math.sqrt(square), finite=math.isfinite(square))
 
     def _admit(self, client: str, update: Update) -> None:
         task = self._outstanding.pop(client)
@@ -175,7 +176,10 @@ class Server:
 
     def _refuse(self, client: str, size: int, update: Update | None, refusal: Refusal) -> None:
         count, more = self._messages.get(client, (0, 0))
-        over = count >= MESSAGES_KEPT
+        over = count >= MESSAGES_KEPT or len(self._refused) >= MESSAGES_KEPT * (self.plan.cohort + MESSAGES_KEPT)
+        if count == 0 and over and not self.awaits(client):
+            client = "(others)"  # senders beyond counting: one line for all
+            count, more = self._messages.get(client, (0, 0))
         self._messages[client] = (count + 1, more + size if over else 0)
         if over:
             return
@@ -190,13 +194,16 @@ class Server:
         Tasks still outstanding stay so (asynchronous work); the coordinator gives up those that it abandons.
         """
         self._admitted.sort(key=lambda a: a.task)
-        outcome = _Outcome()
+        refused: dict[int, Refusal] = {}
+        outcome = _Outcome(refused=refused)
         if skip is None:
             try:
-                outcome = self._reduce()
+                outcome = self._reduce(refused)
                 self._step(outcome.direction)
             except CohortError as error:
                 skip = str(error)
+            except Exception as error:  # a user's rule, perhaps provoked by a row: the round is lost, not the run
+                skip = f"a rule raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         report = RoundReport(
             self.state.round + 1,
             self.state.version,
@@ -208,8 +215,11 @@ class Server:
         self._next_buffer()
         return report
 
-    def _reduce(self) -> _Outcome:
-        """The aggregate of the admitted rows. Raises `CohortError` when too few are left for the plan's rules."""
+    def _reduce(self, refused: dict[int, Refusal]) -> _Outcome:
+        """The aggregate of the admitted rows; what screens and weighers refuse goes into `refused`, by position.
+
+        Raises `CohortError` when too few are left for the plan's rules, or a rule gives what its kind may not.
+        """
         if not self._admitted:
             raise CohortError("no update was admitted")
         if self._streams:
@@ -217,9 +227,11 @@ class Server:
             weights = torch.tensor([a.weight for a in self._admitted], dtype=torch.float64)
             total = _sum_of(weights)
             direction = (self._sum.total / total).to(torch.float32)
-            return _Outcome(direction, self._length(direction), dict(enumerate((weights / total).tolist())))
+            return _Outcome(
+                direction, math.sqrt(distance.sq_norm(direction)), dict(enumerate((weights / total).tolist()))
+            )
         cohort = self._cohort(self._store.in_order(), self._admitted)
-        kept, refused = self._screen(cohort)
+        kept = self._screen(cohort, refused)
         if len(kept) < len(cohort):
             cohort = self._take(cohort, kept)
         for rule in (*self.plan.weighers, self.plan.reducer):
@@ -228,6 +240,8 @@ class Server:
         weights = torch.ones(len(cohort), dtype=torch.float64)
         for rule in self.plan.weighers:
             given = rule(cohort, self.state)
+            if given.shape != weights.shape or not bool((torch.isfinite(given) & (given >= 0)).all()):
+                raise CohortError(f"weigher '{rule!r}' gave weights that are not {len(weights)} numbers of 0 or more")
             for row in torch.nonzero((given == 0) & (weights > 0)).flatten().tolist():
                 refused[kept[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0")
             weights = weights * given
@@ -236,7 +250,9 @@ class Server:
         for rule in self.plan.mixers:
             mixed, mixed_weights = rule(mixed, mixed_weights)
         direction = self.plan.reducer(mixed, mixed_weights)
-        norm = self._length(direction)
+        if direction.shape != self.state.theta.shape:
+            raise CohortError(f"reducer '{self.plan.reducer!r}' gave shape {tuple(direction.shape)}, not (P,)")
+        norm = math.sqrt(distance.sq_norm(direction))
         cosines = _cosines(cohort, direction, norm)
         return _Outcome(
             direction,
@@ -246,18 +262,14 @@ class Server:
             refused,
         )
 
-    def _length(self, row: Tensor) -> float:
-        return math.sqrt(distance.sq_norm(row[self.layout.params]))
-
-    def _screen(self, cohort: Cohort) -> tuple[list[int], dict[int, Refusal]]:
-        refused: dict[int, Refusal] = {}
+    def _screen(self, cohort: Cohort, refused: dict[int, Refusal]) -> list[int]:
         for rule in self.plan.screens:
             for row, (reason, score) in rule(cohort, self.state).items():
-                refused.setdefault(row, Refusal("screen", rule.name, reason, score))
+                refused.setdefault(int(row), Refusal("screen", rule.name, str(reason), float(score)))
         kept = [row for row in range(len(cohort)) if row not in refused]
         if not kept:
             raise CohortError("no update was left after screening")
-        return kept, refused
+        return kept
 
     def _cohort(self, U: Tensor, admitted: Sequence[_Admitted]) -> Cohort:
         claims = [a.update.claims for a in admitted]
@@ -303,8 +315,9 @@ class Server:
                 )
             )
         for client, (count, size) in self._messages.items():
-            if count > MESSAGES_KEPT:
-                flood = Refusal("check", "flood", f"{count - MESSAGES_KEPT} more refused messages")
+            kept = 0 if client == "(others)" else MESSAGES_KEPT
+            if count > kept:
+                flood = Refusal("check", "flood", f"{count - kept} more refused messages")
                 self._refused.append(ClientRow(client, flood, bytes_up=size))
         return (*rows, *self._refused)
 
@@ -340,7 +353,7 @@ def _first_refusal(checks: Sequence[Rule], update: Update, door: Door) -> Refusa
         except Exception as error:  # a user's rule that fails must neither stop the round nor let anything in
             reason = f"the check raised {type(error).__name__}: {error}"
         if reason is not None:
-            return Refusal("check", check.name, reason, update.norm if check.name == "norm_bound" else None)
+            return Refusal("check", check.name, str(reason), update.norm if check.name == "norm_bound" else None)
     return None
 
 
@@ -356,6 +369,6 @@ def _float64(values: Iterable[float]) -> Tensor:
 
 
 def _cosines(cohort: Cohort, direction: Tensor, norm: float) -> list[float]:
-    along = (cohort.U[:, cohort.params] @ direction[cohort.params]).double()
+    along = (cohort.U @ direction).double()
     lengths = cohort.norm * norm
     return torch.where(lengths > 0, along / lengths.clamp_min(1e-300), 0.0).clamp(-1, 1).tolist()

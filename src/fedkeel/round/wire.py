@@ -116,7 +116,12 @@ def open_payload(sealed: Sealed, codec_name: str, codec: Codec, out: Tensor) -> 
     payload = _decompress(sealed) if sealed.zstd else sealed.payload
     if len(payload) != sealed.raw_bytes:
         raise DecodeError(f"the payload has {len(payload)} bytes, {sealed.raw_bytes} were declared")
-    codec.decode(payload, out)
+    try:
+        codec.decode(payload, out)
+    except DecodeError:
+        raise
+    except Exception as error:  # a user's codec met bytes that it did not expect
+        raise DecodeError(f"codec '{codec_name}' raised {type(error).__name__}: {error}") from None
 
 
 def zstd_bound(raw: int) -> int:

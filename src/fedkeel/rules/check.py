@@ -75,7 +75,7 @@ def finite(update: Update, door: Door) -> str | None:
 
 @rule("check")
 def norm_bound(update: Update, door: Door, *, limit: Annotated[float, Field(gt=0)]) -> str | None:
-    """Refuse an update whose L2 norm (parameter columns) is above `limit`, or not a number."""
+    """Refuse an update whose L2 norm (all columns, buffers included) is above `limit`, or not a number."""
     if math.isnan(update.norm) or update.norm > limit:
         return f"its norm is {update.norm:.4g}, allowed is {limit:.4g}"
     return None

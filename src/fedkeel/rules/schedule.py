@@ -1,4 +1,7 @@
-"""Schedulers: which clients start when, and when a buffer of updates closes."""
+"""Schedulers: which clients start when, and when a buffer of updates closes.
+
+Trait "waits_for_all": of answers that come at the same time none is left out, so their order does not matter.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from fedkeel.core.registry import rule
 from fedkeel.core.types import Decision, View
 
 
-@rule("scheduler")
+@rule("scheduler", traits=("waits_for_all",))
 def sync(
     view: View,
     *,

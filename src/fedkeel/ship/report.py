@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import count
@@ -45,6 +46,10 @@ def write(path: Path | str, runs: Sequence[Source], title: str | None = None) ->
     return _render("report.html.j2", Path(path), page)
 
 
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def write_comparison(
     path: Path | str,
     rows: Sequence[Mapping[str, Any]],
@@ -56,7 +61,8 @@ def write_comparison(
 ) -> Path:
     """Write the report of `fedkeel compare`: means over seeds, the first row what the others are measured against.
 
-    A row holds label, seeds (a number), mean, low, high and curves: (round, mean, low, high) in order.
+    A row holds label, seeds (a number), mean, low, high and curves: (round, mean, low, high) in order. A mean that is
+    NaN says that a seed diverged.
     """
     if not rows:
         raise InputError("a comparison needs at least one row: name what to vary")
@@ -64,13 +70,14 @@ def write_comparison(
     points = [Point(0, row["mean"], row["low"], row["high"]) for row in rows]
     pairs = [(str(row["label"]), point) for row, point in zip(rows, points, strict=True)]
     lines = [
-        charts.Curve(label, [Point(*p) for p in row["curves"]], i)
+        charts.Curve(label, [Point(*p) for p in row["curves"] if math.isfinite(p[1])], i)
         for i, (row, (label, _)) in enumerate(zip(rows, pairs, strict=True))
     ]
     named = words.name(metric)
+    ended = [pair for pair in pairs if _known(pair[1].value)] or [(pairs[0][0], Point(0, 0.0, 0.0, 0.0))]
     with charts.style():
         drawn = [
-            charts.finals(f"Final {named}, mean over seeds", pairs, "g0", percent=percent, note=note),
+            charts.finals(f"Final {named}, mean over seeds", ended, "g0", percent=percent, note=note),
             charts.curves(f"{words.capital(named)} over rounds", lines, "g1", percent=percent),
         ]
     views = [
@@ -78,13 +85,15 @@ def write_comparison(
             "label": label,
             "seeds": row["seeds"],
             "mark": charts.mark(i),
-            "figure": words.number(point.value, percent),
-            "interval": words.interval(point, percent),
-            "against": words.difference(point, points[0], percent) if i else "",
+            "figure": words.number(point.value, percent) if _known(point.value) else "diverged",
+            "interval": words.interval(point, percent) if _known(point.value) else "",
+            "against": words.difference(point, points[0], percent)
+            if i and _known(point.value) and _known(points[0].value)
+            else "",
         }
         for i, (row, (label, point)) in enumerate(zip(rows, pairs, strict=True))
     ]
-    statement = words.statement(pairs, named, percent)
+    statement = words.statement(ended, named, percent)
     page = {
         "title": title or statement,
         "lede": statement + "."

@@ -16,6 +16,7 @@ from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.types import ClientMemory
 from fedkeel.round.plan import Plan
+from fedkeel.round.wire import MAX_NAME
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
 from fedkeel.sim.pool import Pool, clients
@@ -52,11 +53,18 @@ class Federation:
         plan, work, key = build_plan(job), build_work(job), Key.root(job.seed)
         with _about("data.source"):
             pool: Pool = job.rule("data.source", "source")(key.fold("source"))
+            if not isinstance(pool, Pool):
+                raise InputError(f"the source returned {type(pool).__name__}: return a fedkeel.Pool")
         with _about("data.partition"):
             split = job.rule("data.partition", "partition")(pool, job.data.clients, key.fold("partition"))
             data, holdout = clients(pool, split, key.fold("clients"), holdout=job.data.holdout)
+        for name in split.names:
+            if not 0 < len(name.encode(errors="replace")) <= MAX_NAME or not name.isprintable():
+                raise InputError(f"client name {name[:40]!r} is not valid: give 1 to {MAX_NAME} printable bytes")
         with _about("model.build"):
             module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
+        with _about("model.loss"):
+            _try_loss(module, pool, work)
         layout = Layout.of(module, job.model.private)
         if layout.width > layout.columns and holdout is None:
             raise InputError(
@@ -125,6 +133,17 @@ class Federation:
         return {k: v for k, v in found.items() if v is not None}
 
 
+def _try_loss(module: nn.Module, pool: Pool, work: LocalWork) -> None:
+    """Evaluate the loss on two examples: what cannot be one must not wait for the first round."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        was = module.training
+        output = module.eval()(pool.prepare(pool.x[:1]).repeat_interleave(2, 0))
+        module.train(was)
+        losses = work.loss(output, pool.y[:1].repeat_interleave(2, 0))
+    if tuple(losses.shape) != (2,):
+        raise InputError(f"it gives shape {tuple(losses.shape)} for 2 examples: return one loss per example, (B,)")
+
+
 @contextlib.contextmanager
 def _about(key: str) -> Iterator[None]:
     """Name the job's key in what is wrong with it."""
@@ -133,6 +152,9 @@ def _about(key: str) -> Iterator[None]:
     except InputError as error:
         text = str(error)
         raise InputError(text if text.startswith(key) else f"{key}: {text}") from None
+    except Exception as error:  # a user's function
+        said = " ".join(str(error).split())[:300]
+        raise InputError(f"{key} failed ({type(error).__name__}: {said}): mend what it names") from error
 
 
 def build_plan(job: Job) -> Plan:
@@ -150,7 +172,6 @@ def build_plan(job: Job) -> Plan:
         weighers=job.rules("aggregate.weigh", "weigher"),
         mixers=job.rules("aggregate.mix", "mixer"),
         zstd=job.client.zstd,
-        max_staleness=job.aggregate.max_staleness,
     )
 
 

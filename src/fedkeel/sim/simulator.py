@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
 from fedkeel.core.types import Claims, ClientMemory, RoundReport, ServerState
 from fedkeel.round import coordinator as orders
@@ -20,6 +21,7 @@ from fedkeel.round.coordinator import Command, Coordinator
 from fedkeel.round.server import Server
 from fedkeel.sim.federation import Federation, Value
 from fedkeel.train import Task, Trained, Trainer
+from fedkeel.train.pool import RAISED
 
 ROUND_SECONDS = 1.0
 """Virtual seconds that a client's work takes, until devices differ."""
@@ -32,7 +34,7 @@ class Recorder(Protocol):
 
     def metrics(self, round: int, version: int, values: Mapping[str, Value], examples: int) -> None: ...
 
-    def checkpoint(self, state: ServerState, memory: ClientMemory) -> None: ...
+    def checkpoint(self, state: ServerState, memory: ClientMemory, now: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Simulator:
         state: ServerState,
         memory: ClientMemory,
         recorder: Recorder,
+        now: float = 0.0,
     ) -> None:
         self.federation = federation
         self.trainer = trainer
@@ -73,7 +76,7 @@ class Simulator:
         )
         self._index = {name: i for i, name in enumerate(federation.names)}
         self._private = federation.private()
-        self._now = self.server.state.round * ROUND_SECONDS
+        self._now = now
         self._events: list[tuple[float, int, int, _Outcome | None]] = []
         self._ticks = itertools.count()
         self._seconds: dict[str, float] = {}
@@ -104,7 +107,7 @@ class Simulator:
                 self.recorder.metrics(round, version, values, examples)
                 self._spent("evaluate", started)
             case orders.Checkpoint():
-                self.recorder.checkpoint(self.server.snapshot(), self.memory)
+                self.recorder.checkpoint(self.server.snapshot(), self.memory, self._now)
                 self._spent("record", started)
             case orders.Wait(until):
                 self._expect(until, None)
@@ -113,15 +116,16 @@ class Simulator:
     def _work(self, starting: list[orders.Train]) -> list[Command]:
         """Train all who start together, and return what the coordinator wants done about their answers.
 
-        An answer that nothing on the clock comes before is delivered while the others still train, and its bytes let
-        go: at most the server's own matrix of rows is held. What the server makes of them does not depend on order.
+        Where the scheduler waits for all, an answer that nothing on the clock comes before is delivered while the
+        others still train, and its bytes let go: at most the server's own matrix of rows is held.
         """
         arrival = self._now + ROUND_SECONDS
         self._sent_down += 4 * self.federation.layout.columns * len(starting)
+        eager = "waits_for_all" in self.federation.plan.schedule.definition.traits
         wanted: list[Command] = []
         started, before = time.perf_counter(), self._seconds.get("aggregate", 0.0)
         for outcome in self._train(starting):
-            if wanted or (self._events and self._events[0][0] <= arrival):
+            if wanted or not eager or (self._events and self._events[0][0] <= arrival):
                 self._expect(arrival, outcome)
                 continue
             self._now = arrival
@@ -158,10 +162,14 @@ class Simulator:
         seen: list[Claims | None] = [None] * len(starting)
         rows = torch.empty(len(starting) if adversary.crafts_rows else 0, federation.layout.columns)
         slots = {o.client: i for i, o in enumerate(starting)}
+        broken = 0
         tasks = [self._task(o.client, keys[o.client]) for o in starting]
         for done in self.trainer.train(self.server.state.theta, tasks, self.server.state.control):
             order = by_index[done.client]
             if done.failure is not None:
+                broken += done.failure.startswith(RAISED)
+                if broken == len(starting):
+                    raise RunError(f"every client of round {order.round} failed: {done.failure}")
                 yield _Outcome(order.client, order.task, None, done.failure)
                 continue
             if done.private is not None:

@@ -16,7 +16,7 @@ from fedkeel.core.registry import build
 from fedkeel.train.client import Client, Step, single_thread
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trainer
 from fedkeel.train.loop import LoopStep
-from fedkeel.train.pool import InProcess, Pool, can_fork
+from fedkeel.train.pool import RAISED, InProcess, Pool, can_fork
 from fedkeel.train.rows import Rows
 from fedkeel.train.traced import TracedStep
 
@@ -24,6 +24,7 @@ backends = ("auto", "loop", "rows", "traced")
 
 LANES = {"cpu": 4, "cuda": 16}  # clients side by side in the rows backend
 _RECORDED_EARLY = 64  # batch sizes: so many are recorded once for all workers, the others by each when it meets them
+MOST_WORKERS = 64
 _TOLERANCE = 1e-3  # relative, of three steps' delta: far above rounding, far below what a wrong step differs by
 
 
@@ -60,6 +61,7 @@ def make_trainer(
         return Rows(module, layout, data, work, LANES[device.type])
     client = Client(module, layout, data, work, _step(backend, module, layout, data, work))
     count = len(os.sched_getaffinity(0)) if workers is None and can_fork else workers or 1
+    count = min(count, len(data), MOST_WORKERS)
     # With a GPU in the machine autograd keeps threads of its own, and refuses to work in a fork: the loop stays here.
     pooled = can_fork and count > 1 and device.type == "cpu" and not (backend == "loop" and torch.cuda.is_available())
     return Pool(backend, client, count) if pooled else InProcess(backend, client)
@@ -74,7 +76,11 @@ def fits(backend: str, module: nn.Module, layout: Layout, data: ClientData, work
     theta = layout.flatten(module)[layout.shared].to(data.x.device)
     try:
         trial = _plain(backend, module, layout, data, work)
-        found = {t.client: t.delta.clone() for t in trial.train(theta, tasks)}
+        found = {}
+        for t in trial.train(theta, tasks):
+            if t.failure and t.failure.startswith(RAISED):
+                return t.failure.partition(". ")[0][:300]
+            found[t.client] = t.delta.clone()
     except Exception as error:
         return " ".join(str(error).split()).partition(". ")[0][:300] or type(error).__name__
     for expected in _plain("loop", module, layout, data, work).train(theta, tasks):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import mmap
 import os
 import select
@@ -30,7 +31,7 @@ from fedkeel.train.contract import Task, Trained
 
 _TASK = struct.Struct("<qqQ")  # slot, client, key
 _RESULT = struct.Struct("<qqdqq")  # slot, steps, loss, kind, bytes of text
-_DONE, _FAILED, _RAISED = 0, 1, 2
+_DONE, _FAILED = 0, 1
 
 can_fork = sys.platform == "linux"
 
@@ -40,10 +41,12 @@ def longest_first(client: Client, tasks: Sequence[Task]) -> list[Task]:
     return sorted(tasks, key=lambda task: -client.data.count(task.client))
 
 
-def explain(client: int, error: BaseException) -> str:
-    """The sentence for a client whose step raised."""
-    text = " ".join(str(error).split())
-    return f"client {client}: the training step raised {type(error).__name__}: {text or 'no message'}"
+RAISED = "the training step raised"
+
+
+def explain(error: BaseException) -> str:
+    """The failure of a client whose step raised: its data or the module, but never the others' loss."""
+    return f"{RAISED} {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
 class InProcess:
@@ -63,7 +66,7 @@ class InProcess:
                 with single_thread():
                     outcome = self._client.train(theta, task, control or {})
             except Exception as error:
-                raise RunError(explain(task.client, error)) from error
+                outcome = Outcome(0, math.nan, explain(error))
             with torch.no_grad():
                 torch.sub(vector[layout.shared], theta, out=self._delta)
             yield trained(self._client, task, outcome, self._delta, _private(self._client))
@@ -189,8 +192,6 @@ class Pool:
                     continue
                 text = worker.pending[size : size + length].decode()
                 del worker.pending[: size + length]
-                if kind == _RAISED:
-                    raise RunError(text)
                 return slot, Outcome(steps, loss, text if kind == _FAILED else None)
             for file, _ in poll.poll():
                 received = os.read(file, 1 << 16)
@@ -282,7 +283,8 @@ def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
                 outcome = client.train(arena.theta, task, controls)
                 kind, text = (_FAILED, outcome.failure) if outcome.failure else (_DONE, "")
             except Exception as error:
-                kind, text = _RAISED, explain(number, error)
+                outcome = Outcome(0, math.nan, explain(error))
+                kind, text = _FAILED, explain(error)
             with torch.no_grad():
                 row = arena.rows[slot]
                 torch.sub(vector[layout.shared], arena.theta, out=row[: arena.columns])
