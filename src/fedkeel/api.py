@@ -113,7 +113,7 @@ def run(job: Job, out: Path | str | None = None, *, watch: Watcher | None = None
         directory = RunDir.create(out or _free(job.name), kept.to_toml(), texts)
         state = ServerState(federation.theta())
         with directory.lock(), directory.ledger() as ledger:
-            ledger.write_meta(_meta(federation, trainer, load(directory.job).to_toml()))
+            ledger.write_meta(_meta(federation, trainer, directory.job.read_text()))
             _simulate(directory, ledger, federation, trainer, state, ClientMemory(), watch)
     return _finished(directory, with_report)
 
@@ -130,7 +130,8 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
     federation = Federation.of(job)
     with directory.lock(), directory.ledger() as ledger:
         backend = ledger.meta.get("backend")
-        if ledger.meta.get("settings", job.to_toml()) != job.to_toml():
+        text = directory.job.read_text()
+        if ledger.meta.get("settings", text) != text:
             raise InputError(f"'{directory.job}' was changed since the run began: restore it, or begin a new run")
         with contextlib.closing(federation.trainer(backend)) as trainer:
             newest = checkpoint.latest(directory.checkpoints)
@@ -141,7 +142,7 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
             if len(ledger.rounds()) < state.round:
                 raise InputError(f"ledger '{directory.ledger_path}' lacks rounds before {state.round}: restore it")
             ledger.rewind(state.round)
-            ledger.write_meta(_meta(federation, trainer, job.to_toml()))
+            ledger.write_meta(_meta(federation, trainer, text))
             _simulate(directory, ledger, federation, trainer, state, memory, watch, extra["time"])
     return _finished(directory, with_report)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ fedkeel.run(job, sys.argv[2], watch=watch, with_report=False)
 """
 
 
+@contextlib.contextmanager
+def running(tmp_path: Path, backend: str, at: int, pause: float) -> Iterator[subprocess.Popen[str]]:
+    """A real run in `tmp_path / "run"`, in a process group of its own, that has told of round `at` and pauses there."""
+    (tmp_path / "job.toml").write_text(job(backend).to_toml())
+    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(tmp_path / "run"), str(at), str(pause)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) == at:
+                break
+        yield process
+
+
 def job(backend: str) -> fedkeel.Job:
     return fedkeel.Job(**{**JOB, "train": {"backend": backend, "batch_size": 8, "workers": 2}})
 
@@ -60,14 +75,8 @@ def unbroken(tmp_path_factory) -> dict[str, fedkeel.Run]:
 )
 def test_a_killed_run_resumes_bit_for_bit(unbroken, tmp_path, backend, at, delay):
     """`at`: the round after which the kill comes, `delay` seconds on: in training, in writing, in between."""
-    (tmp_path / "job.toml").write_text(job(backend).to_toml())
     place = tmp_path / "run"
-    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(place), str(at), str(2 * delay)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == at:
-                break
+    with running(tmp_path, backend, at, 2 * delay) as process:
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGKILL)
     whole = unbroken[backend]
@@ -84,13 +93,7 @@ def without_time(rows):
 
 
 def test_the_workers_of_a_killed_run_do_not_outlive_it(tmp_path):
-    (tmp_path / "job.toml").write_text(job("traced").to_toml())
-    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(tmp_path / "run"), "2", "60"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == 2:
-                break
+    with running(tmp_path, "traced", 2, 60) as process:
         process.kill()  # the parent alone, as the out-of-memory killer would
     deadline = time.monotonic() + 20
     while group := _members(process.pid):
@@ -136,14 +139,8 @@ def test_a_finished_run_is_returned_as_it_is(unbroken):
 
 
 def test_a_changed_job_or_a_lost_ledger_is_refused(tmp_path):
-    (tmp_path / "job.toml").write_text(job("loop").to_toml())
     place = tmp_path / "run"
-    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(place), "5", "60"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == 5:
-                break
+    with running(tmp_path, "loop", 5, 60) as process:
         os.killpg(process.pid, signal.SIGKILL)
     text = (place / "job.toml").read_text()
     (place / "job.toml").write_text(text.replace("seed = 0", "seed = 1"))
@@ -156,14 +153,32 @@ def test_a_changed_job_or_a_lost_ledger_is_refused(tmp_path):
         fedkeel.resume(place)
 
 
+PLUGIN = """
+import fedkeel
+
+@fedkeel.rule("weigher")
+def even_for_resume_tests(cohort, state):
+    "All the same (tests)."
+    return fedkeel.build("weigher", "equal")(cohort, state)
+"""
+
+
+def test_a_run_with_a_plugin_resumes_by_any_path(tmp_path, monkeypatch):
+    """Named from where it lies, from elsewhere, or after it was moved: it is the same run."""
+    (tmp_path / "even.py").write_text(PLUGIN)
+    with_plugin = job("loop").model_copy(update={"plugins": (str(tmp_path / "even.py"),)})
+    done = fedkeel.run(with_plugin.with_settings(["aggregate.weigh=even_for_resume_tests"]), tmp_path / "run")
+    before = done.state.theta.numpy().tobytes()
+    for path in (done.path / "model").iterdir():
+        path.unlink()  # as if it had been killed before the model was written
+    moved = done.path.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert fedkeel.resume("moved").state.theta.numpy().tobytes() == before
+    assert fedkeel.Run(moved).done
+
+
 def test_a_run_in_use_is_not_resumed_by_another_process(tmp_path):
-    (tmp_path / "job.toml").write_text(job("loop").to_toml())
-    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "job.toml"), str(tmp_path / "run"), "1", "60"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == 1:
-                break
+    with running(tmp_path, "loop", 1, 60) as process:
         with pytest.raises(fedkeel.RunError, match="in use by process"):
             fedkeel.resume(tmp_path / "run")
         os.killpg(process.pid, signal.SIGKILL)

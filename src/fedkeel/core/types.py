@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fedkeel.core.keys import Key
@@ -218,9 +217,3 @@ class ClientMemory:
 
     def __len__(self) -> int:
         return len(self._held)
-
-
-def empty_cohort(columns: int, params: slice) -> Cohort:
-    """A cohort of no rows: what screening may leave."""
-    none = torch.zeros(0, dtype=torch.float64)
-    return Cohort(torch.zeros(0, columns), (), none, none, none, none, params, ())
