@@ -50,6 +50,8 @@ def running(tmp_path: Path, backend: str, at: int, pause: float) -> Iterator[sub
             if int(line) == at:
                 break
         yield process
+    while _members(process.pid):  # its workers inherit the lock, and die a moment after it
+        time.sleep(0.01)
 
 
 def job(backend: str) -> fedkeel.Job:
