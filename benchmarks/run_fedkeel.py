@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from common import BATCH_SIZE, LEARNING_RATE, Rounds, parse_job, torch_model
 
-MODES = ("auto", "traced", "rows", "loop")
+MODES = ("auto", "native", "traced", "rows", "loop")
 
 
 def main() -> None:

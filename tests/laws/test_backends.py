@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
-from train_cases import BATCH, CASES, Case, data_of, module_of, tasks_of, work_of
+from train_cases import BATCH, CASES, Case, compiled, data_of, module_of, tasks_of, work_of
 
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import build, rule
 from fedkeel.train import ClientData, LocalWork, Task, Trained, Trainer, make_trainer
 from fedkeel.train.backends import fits
 
-FAST = ("traced", "rows")
+NATIVE = pytest.param("native", marks=compiled)
+FAST = ("traced", NATIVE, "rows")
 
 
 @rule("stopping", name="test_until_lower")
@@ -99,8 +100,13 @@ def test_the_loop_is_sgd_as_it_is_written_in_the_textbook() -> None:
         assert found[task.client].steps == len(losses)
 
 
-@pytest.mark.parametrize("backend", ["loop", "traced"])
-@pytest.mark.parametrize("name", ["cnn", "batch_norm", "dropout", "counter", "private"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, b) for b in ("loop", "traced") for name in ("cnn", "batch_norm", "dropout", "counter", "private")),
+        *(pytest.param(name, "native", marks=compiled) for name in ("mlp", "private")),
+    ],
+)
 def test_a_result_is_bitwise_its_own_whatever_the_company_the_order_and_the_workers(name: str, backend: str) -> None:
     case = CASES[name]
     module, data = module_of(case), data_of(case)
@@ -121,9 +127,9 @@ def test_a_result_is_bitwise_its_own_whatever_the_company_the_order_and_the_work
                 assert torch.equal(again[client].private, want.private)
 
 
-@pytest.mark.parametrize("backend", ["loop", "traced", "rows"])
+@pytest.mark.parametrize("backend", ["loop", *FAST])
 def test_training_leaves_the_module_the_inputs_and_the_random_state_alone(backend: str) -> None:
-    case = CASES["mlp" if backend == "rows" else "dropout"]
+    case = CASES["dropout" if backend in ("loop", "traced") else "mlp"]
     module, data = module_of(case), data_of(case)
     layout, work = Layout.of(module), work_of(case)
     theta = layout.flatten(module)[layout.shared]
@@ -139,7 +145,7 @@ def test_training_leaves_the_module_the_inputs_and_the_random_state_alone(backen
     assert (torch.get_num_threads(), module.training) == (threads, mode)
 
 
-@pytest.mark.parametrize("backend", ["loop", "traced", "rows"])
+@pytest.mark.parametrize("backend", ["loop", *FAST])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loss_that_becomes_nan_ends_that_client_alone(backend: str, workers: int) -> None:
     case = CASES["mlp"]

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build
+from fedkeel.kernels import native
 from fedkeel.train import ClientData, LocalWork, Scale, Task, Tokens
 
+compiled = pytest.mark.skipif(isinstance(native.library(), str), reason=str(native.library()))
 BATCH = 6
 COUNTS = (20, 3, 12, 7, 6, 1)  # partial batches, clients smaller than a batch, a lone last example
 
@@ -126,24 +129,26 @@ class Case:
     make: Callable[[], nn.Module]
     kind: str = "image"  # or "text", "number"
     private: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()  # backends that say why they cannot
+    refused: tuple[str, ...] = ("native",)  # backends that say why they cannot
 
 
 CASES = {
-    "mlp": Case(mlp),
-    "private": Case(mlp, private=("5.*",)),
-    "private_first": Case(lambda: Residual(nn.BatchNorm2d), private=("norm1.*", "head.bias"), refused=("rows",)),
-    "frozen": Case(frozen),
+    "mlp": Case(mlp, refused=()),
+    "private": Case(mlp, private=("5.*",), refused=()),
+    "private_first": Case(
+        lambda: Residual(nn.BatchNorm2d), private=("norm1.*", "head.bias"), refused=("rows", "native")
+    ),
+    "frozen": Case(frozen, refused=()),
     "cnn": Case(cnn),
     "group_norm": Case(lambda: Residual(lambda c: nn.GroupNorm(2, c))),
-    "batch_norm": Case(lambda: Residual(nn.BatchNorm2d), refused=("rows",)),
+    "batch_norm": Case(lambda: Residual(nn.BatchNorm2d), refused=("rows", "native")),
     "viewing": Case(Viewing),
-    "counter": Case(Counter, refused=("rows",)),
-    "dropout": Case(dropout, refused=("rows",)),
-    "text": Case(Text, "text", refused=("rows",)),
+    "counter": Case(Counter, refused=("rows", "native")),
+    "dropout": Case(dropout, refused=("rows", "native")),
+    "text": Case(Text, "text", refused=("rows", "native")),
     "attention": Case(Attention, "text"),
     "regression": Case(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Softplus(), nn.Linear(5, 1)), "number"),
-    "branching": Case(Branching, refused=("traced", "rows")),
+    "branching": Case(Branching, refused=("traced", "rows", "native")),
 }
 
 

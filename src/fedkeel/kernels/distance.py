@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkeel.kernels import blocks
+from fedkeel.kernels import blocks, native
 
 _BLOCK_VALUES = 1 << 18
 _DEVICE_VALUES = 1 << 27  # on a GPU a block only bounds the memory
@@ -40,13 +40,16 @@ def sq_norms(U: Tensor) -> Tensor:
 
 
 def sq_norm(row: Tensor) -> float:
-    """Squared L2 norm of one row (P,), right to float32: float32 products over short runs, summed in float64.
+    """Squared L2 norm of one row (P,), right to float32. NaN or infinite iff a column is.
 
-    A third of the cost of `sq_norms`, which takes over where float32 products overflow or vanish. NaN or infinite iff
-    a column is.
+    Compiled, all in float64. Without the compiled kernels by float32 products over short runs, summed in float64: a
+    third of the cost of `sq_norms`, which takes over where such products overflow or vanish.
     """
     if row.device.type != "cpu" or row.dtype != torch.float32:
         return float(sq_norms(row[None])[0])
+    compiled = native.library()
+    if not isinstance(compiled, str) and row.is_contiguous():
+        return float(compiled.sq_norm(row.data_ptr(), row.numel()))
     values = row.detach().numpy()
     with np.errstate(over="ignore", invalid="ignore"):  # seen below
         parts = [float(np.dot(part, part)) for part in np.split(values, range(_RUN, values.size, _RUN))]

@@ -12,33 +12,45 @@ from torch import Tensor
 
 
 class RowStore:
-    """Slots of P columns: `slot()` is the next free row to decode into, `admit(task)` keeps it, else it is reused."""
+    """Rows of P columns: `slot(task)` is one to decode a task's answer into, `admit(task)` keeps it.
 
-    def __init__(self, columns: int, capacity: int) -> None:
+    Tasks are numbered one after another: each has its place from `first` on, so that most rows need not move.
+    """
+
+    def __init__(self, columns: int, capacity: int, first: int = 0) -> None:
         self.columns = columns
         self._rows = torch.empty(capacity, columns)
-        self._tasks: list[int] = []
+        self._first = first
+        self._taken: dict[int, int] = {}  # row: task
 
-    def slot(self) -> Tensor:
+    def slot(self, task: int) -> Tensor:
         """(P,), to be overwritten. Its content counts only after `admit`."""
-        if len(self._tasks) == len(self._rows):
+        return self._rows[self._place(task)]
+
+    def _place(self, task: int) -> int:
+        place = task - self._first
+        if 0 <= place < len(self._rows) and place not in self._taken:
+            return place
+        if len(self._taken) == len(self._rows):
             grown = torch.empty(2 * len(self._rows), self.columns)
             grown[: len(self._rows)] = self._rows
             self._rows = grown
-        return self._rows[len(self._tasks)]
+        return next(row for row in reversed(range(len(self._rows))) if row not in self._taken)
 
     def admit(self, task: int) -> None:
-        self._tasks.append(task)
+        self._taken[self._place(task)] = task
 
     def in_order(self) -> Tensor:
         """The admitted rows (n, P) by ascending task, moved in place: no second matrix."""
-        order = sorted(range(len(self._tasks)), key=self._tasks.__getitem__)
+        order = sorted(self._taken, key=self._taken.__getitem__)
         permute_(self._rows, order)
-        self._tasks.sort()
+        self._taken = {row: self._taken[was] for row, was in enumerate(order)}
         return self._rows[: len(order)]
 
-    def clear(self) -> None:
-        self._tasks.clear()
+    def clear(self, first: int) -> None:
+        """Begin anew, with tasks from `first` on."""
+        self._first = first
+        self._taken.clear()
 
 
 class RowSum:
@@ -55,7 +67,7 @@ class RowSum:
         self._free: list[Tensor] = []
         self._waiting: list[tuple[int, float, Tensor]] = []
 
-    def slot(self) -> Tensor:
+    def slot(self, task: int) -> Tensor:
         return self._spare
 
     def admit(self, task: int, weight: float) -> None:

@@ -56,7 +56,7 @@ class Server:
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
         columns = layout.columns
         self._streams = plan.streams(columns)
-        self._store = RowStore(columns, 0 if self._streams else plan.cohort)
+        self._store = RowStore(columns, 0 if self._streams else plan.cohort, state.next_task)
         self._sum = RowSum(columns if self._streams else 0)
         self._outstanding: dict[str, int] = {}
         self._versions: dict[str, int] = {}
@@ -132,7 +132,8 @@ class Server:
         return refusal
 
     def _decode(self, sealed: wire.Sealed) -> Tensor:
-        columns = self._sum.slot() if self._streams else self._store.slot()
+        task = sealed.claims.task
+        columns = self._sum.slot(task) if self._streams else self._store.slot(task)
         wire.open_payload(sealed, self._codec_name, self._codec, columns)
         return columns
 
@@ -329,7 +330,7 @@ class Server:
         self._refused.clear()
         self._messages.clear()
         self._answered.clear()
-        self._store.clear()
+        self._store.clear(self.state.next_task)
         self._sum.clear()
 
 

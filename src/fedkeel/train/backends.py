@@ -16,11 +16,12 @@ from fedkeel.core.registry import build
 from fedkeel.train.client import Client, Step, single_thread
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trainer
 from fedkeel.train.loop import LoopStep
+from fedkeel.train.native import NativeStep
 from fedkeel.train.pool import RAISED, InProcess, Pool, can_fork
 from fedkeel.train.rows import Rows
 from fedkeel.train.traced import TracedStep
 
-backends = ("auto", "loop", "rows", "traced")
+backends = ("auto", "loop", "rows", "traced", "native")
 
 LANES = {"cpu": 4, "cuda": 16}  # clients side by side in the rows backend
 _RECORDED_EARLY = 64  # batch sizes: so many are recorded once for all workers, the others by each when it meets them
@@ -39,11 +40,11 @@ def make_trainer(
     device: str | torch.device = "cpu",
     workers: int | None = None,
 ) -> Trainer:
-    """The trainer behind a name: `loop`, `traced`, `rows`, or `auto` for the fastest that fits (its `name` says which).
+    """The trainer behind a name: `loop`, `traced`, `native`, `rows`, or `auto` for the fastest that fits.
 
-    `workers` (default: one a core) are processes on the CPU, each with one thread; a client's result does not depend
-    on how many there are. The module is copied, and never changed. Raises `InputError` for an unknown name, or a module
-    that the named backend cannot train exactly.
+    A trainer's `name` says which it is. `workers` (default: one a core) are processes on the CPU, each with one
+    thread; a client's result does not depend on how many there are. The module is copied, and never changed. Raises
+    `InputError` for an unknown name, or a module that the named backend cannot train exactly.
     """
     if backend not in backends:
         raise InputError(f"backend '{backend}' is unknown: {nearest(backend, backends)}")
@@ -119,7 +120,8 @@ def _step(backend: str, module: nn.Module, layout: Layout, data: ClientData, wor
     counts = [data.count(client) for client in range(len(data))]
     sizes = {size for n in counts if n >= size} | {n % size for n in counts if n % size}
     early = len(sizes) <= _RECORDED_EARLY or torch.cuda.is_available()
-    return TracedStep(module, layout, data, work, sizes if early else {size})
+    kind = NativeStep if backend == "native" else TracedStep
+    return kind(module, layout, data, work, sizes if early else {size})
 
 
 def _fastest(module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> str:
@@ -129,8 +131,10 @@ def _fastest(module: nn.Module, layout: Layout, data: ClientData, work: LocalWor
     """
     on_cpu = data.x.device.type == "cpu"
     candidates = ["loop"]
-    for backend in ("traced", "rows") if on_cpu else ("rows", "traced"):
-        if not (on_cpu and "traced" in candidates) and fits(backend, module, layout, data, work) is None:
+    for backend in ("traced", "native", "rows") if on_cpu else ("rows", "traced"):
+        if backend == "rows" and on_cpu and "traced" in candidates:
+            continue
+        if fits(backend, module, layout, data, work) is None:
             candidates.append(backend)
     return min(candidates, key=lambda backend: _seconds(backend, module, layout, data, work))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
@@ -15,11 +15,12 @@ from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
 from fedkeel.train.contract import ClientData, LocalWork, Task
 
+Batch = tuple[Tensor, Tensor]
 CHUNK_BYTES = 1 << 19  # of prepared inputs: gathered at once they save calls, and stay in the cache until used
 
 
 class Step(Protocol):
-    """One SGD step of a local model that lives in `vector` (W,), float32, at a fixed address."""
+    """SGD steps of a local model that lives in `vector` (W,), float32, at a fixed address."""
 
     vector: Tensor
 
@@ -29,11 +30,8 @@ class Step(Protocol):
     def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
         """A client starts from `vector`; c_i and c of each correction are (T,), or None."""
 
-    def arrange(self, x: Tensor) -> Tensor:
-        """Prepared inputs in the memory format that the step wants."""
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Step on a batch; the loss of each example before it, (B,)."""
+    def steps(self, rows: Tensor) -> Tensor:
+        """Step through these rows of the data (n,), a batch at a time; each example's loss before its step, (n,)."""
 
 
 class Outcome(NamedTuple):
@@ -104,6 +102,15 @@ def first_failure(losses: Sequence[float], before: int) -> Outcome | None:
     return None
 
 
+def batches(data: ClientData, rows: Tensor, size: int, arrange: Callable[[Tensor], Tensor]) -> Iterator[Batch]:
+    """Inputs, prepared and arranged, and labels of these rows of the data, `size` at a time."""
+    per_batch = 4 * size * max(1, data.x[0].numel())
+    for part in torch.split(rows, size * max(1, CHUNK_BYTES // per_batch)):
+        x = arrange(data.prepare(data.x.index_select(0, part)))
+        y = data.y.index_select(0, part)
+        yield from zip(torch.split(x, size), torch.split(y, size), strict=True)
+
+
 class Client:
     """Trains one client after another in this thread. Not reentrant: all of them share the step's vector."""
 
@@ -115,9 +122,12 @@ class Client:
         """Leave the trained model in `step.vector`; `theta` (P,) and the task are not changed."""
         shared, work = self.layout.shared, self.work
         with self.step.mode():
-            vector = self.step.vector.copy_(self.initial)
+            vector = self.step.vector
             vector[shared] = theta
-            if task.private is not None:
+            if task.private is None:
+                vector[: shared.start] = self.initial[: shared.start]
+                vector[shared.stop :] = self.initial[shared.stop :]
+            else:
                 vector[: shared.start] = task.private[: shared.start]
                 vector[shared.stop :] = task.private[shared.start :]
             self.step.begin(
@@ -145,16 +155,8 @@ class Client:
 
     def _steps(self, rows: Tensor) -> list[float]:
         """Step through these rows of the data, batch by batch; the loss of each step."""
-        data, size, step = self.data, self.work.batch_size, self.step
-        rows = rows.to(data.x.device)
-        per_batch = 4 * size * max(1, data.x[0].numel())
-        chunk = size * max(1, CHUNK_BYTES // per_batch)
-        each: list[Tensor] = []
-        for part in torch.split(rows, chunk):
-            x = step.arrange(data.prepare(data.x.index_select(0, part)))
-            y = data.y.index_select(0, part)
-            each += map(step, torch.split(x, size), torch.split(y, size))
+        size = self.work.batch_size
+        each = self.step.steps(rows.to(self.data.x.device))
         full = len(rows) // size
-        flat = torch.cat(each)
-        means = flat[: full * size].view(full, size).mean(1).tolist()
-        return means + ([float(flat[full * size :].mean())] if len(rows) % size else [])
+        means = each[: full * size].view(full, size).mean(1).tolist()
+        return means + ([float(each[full * size :].mean())] if len(rows) % size else [])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkeel.core.layout import Layout
+from fedkeel.train.client import batches
 from fedkeel.train.contract import ClientData, LocalWork
 
 
@@ -20,7 +21,7 @@ class LoopStep:
     def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> None:
         device = data.x.device
         self.module = copy.deepcopy(module).train().to(device)
-        self.work = work
+        self.data, self.work = data, work
         self.vector = torch.zeros(layout.width, device=device)
         self.theta = self.vector[layout.trainable]
         self.sizes = [e.size for e in layout.entries if e.trainable]
@@ -38,10 +39,10 @@ class LoopStep:
         # Integer buffers are no columns: each client starts from the module's own.
         self.state = {name: buffer.clone() for name, buffer in self.kept.items()}
 
-    def arrange(self, x: Tensor) -> Tensor:
-        return x
+    def steps(self, rows: Tensor) -> Tensor:
+        return torch.cat([self._step(x, y) for x, y in batches(self.data, rows, self.work.batch_size, Tensor.detach)])
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
         leaf = self.theta.detach().requires_grad_()
         # Copies: autograd would take a buffer's change in place for a change of the weights in the same vector.
         state = self.state | {n: column.to(dtype, copy=True) for n, (column, dtype) in self.buffers.items()}

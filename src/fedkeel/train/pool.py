@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -114,7 +115,8 @@ class _Arena:
     def put(self, slot: int, task: Task, initial: Tensor) -> None:
         """Lay a task's vectors into its slot."""
         row = self.rows[slot]
-        row[self.columns : self.width] = initial if task.private is None else task.private
+        if self.width > self.columns:
+            row[self.columns : self.width] = initial if task.private is None else task.private
         for vector, name in zip(row[self.width :].view(-1, self.columns), self.memory, strict=True):
             vector.copy_(task.memory[name]) if name in task.memory else vector.zero_()
 
@@ -227,8 +229,7 @@ class Pool:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 pid = os.fork()
             if pid == 0:
-                for file in (results, *owned, *(w.results for w in workers)):
-                    os.close(file)
+                _close_all_but(read, write)
                 _serve(self._client, arena, read, write)
             os.close(write)
             workers.append(_Worker(pid, results))
@@ -250,6 +251,14 @@ def _end(workers: list[_Worker], owned: list[int], owner: int) -> None:
         os.close(file)
     workers.clear()
     owned.clear()
+
+
+def _close_all_but(*kept: int) -> None:
+    """Leave the parent's files to the parent: the run's lock, the ledger, the pipes' other ends."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            with suppress(OSError):  # the listing's own
+                os.close(int(name))
 
 
 def _keep_memory() -> None:
@@ -288,9 +297,9 @@ def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
             with torch.no_grad():
                 row = arena.rows[slot]
                 torch.sub(vector[layout.shared], arena.theta, out=row[: arena.columns])
-                row[arena.columns : arena.width] = torch.cat(
-                    (vector[: layout.shared.start], vector[layout.shared.stop :])
-                )
+                if arena.width > arena.columns:
+                    own = (vector[: layout.shared.start], vector[layout.shared.stop :])
+                    row[arena.columns : arena.width] = torch.cat(own)
             note = text.encode()[:2000].decode(errors="ignore").encode()
             os.write(write, _RESULT.pack(slot, outcome.steps, outcome.loss, kind, len(note)) + note)
         status = 0

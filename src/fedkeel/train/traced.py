@@ -12,11 +12,11 @@ from torch.func import functional_call
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.train.client import seeded
+from fedkeel.train.client import batches, seeded
 from fedkeel.train.contract import ClientData, LocalWork, Prepare
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Updates, reuse_memory, simplify
-from fedkeel.train.record import Recorder
+from fedkeel.train.record import Graph, Recorder
 
 _ELEMENTWISE = "elementwise"
 
@@ -39,9 +39,9 @@ class TracedStep:
         self.memory = [self._room(rule.definition.traits, "memory") for rule in work.corrections]
         self.control = [self._room(rule.definition.traits, "control") for rule in work.corrections]
         self.arrange = arranger(self.module, data.x, data.prepare)
-        self._steps: dict[int, StepFunction] = {}
+        self._known: dict[int, StepFunction] = {}
         for size in sorted(sizes, reverse=True):
-            self._steps[size] = self._record(size).bind(self._inputs())
+            self._step(size)
 
     def mode(self) -> AbstractContextManager[None]:
         # oneDNN's recurrent layer keeps what its gradient needs only while autograd is on.
@@ -57,16 +57,14 @@ class TracedStep:
         for name, value in self.initial_state.items():
             self.state[name].copy_(value)
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        size = len(x)
-        if size not in self._steps:
-            self._steps[size] = self._record(size).bind(self._inputs())
-        return self._steps[size](x, y)
+    def steps(self, rows: Tensor) -> Tensor:
+        found = batches(self.data, rows, self.work.batch_size, self.arrange)
+        return torch.cat([self._step(len(x))(x, y) for x, y in found])
 
     def _room(self, traits: frozenset[str], trait: str) -> Tensor | None:
         return torch.zeros_like(self.theta) if trait in traits else None
 
-    def _inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, by name, at its fixed address."""
         found = {f"w.{name}": view for name, view in self.layout.views(self.vector).items()}
         found |= {f"state.{name}": tensor for name, tensor in self.state.items()}
@@ -82,15 +80,27 @@ class TracedStep:
                     found[f"{name}/{entry.name}"] = vector[self.layout.offsets[entry.name]]
         return found
 
-    def _record(self, size: int) -> Program:
+    def _step(self, size: int) -> StepFunction:
+        if size not in self._known:
+            self._known[size] = self.program(size).bind(self.inputs())
+        return self._known[size]
+
+    def program(self, size: int) -> Program:
+        """The step on a batch of so many examples, as source code."""
+        graph, losses = self.record(size)
+        reuse_memory(graph, [losses])
+        return Program(graph, losses, ("x", "y"))
+
+    def record(self, size: int) -> tuple[Graph, int]:
+        """The step on a batch of so many examples, and which of its values the losses (B,) are."""
         rows = torch.arange(size) % len(self.data.x)
         with torch.inference_mode(False), torch.enable_grad(), seeded(Key(0), self.vector.device):
-            inputs = {name: tensor.detach().clone() for name, tensor in self._inputs().items()}
+            inputs = {name: tensor.detach().clone() for name, tensor in self.inputs().items()}
             inputs["x"] = self.arrange(self.data.prepare(self.data.x[rows]))
             inputs["y"] = self.data.y[rows]
-            return self._program(inputs)
+            return self._graph(inputs)
 
-    def _program(self, inputs: dict[str, Tensor]) -> Program:
+    def _graph(self, inputs: dict[str, Tensor]) -> tuple[Graph, int]:
         layout, work = self.layout, self.work
         trained = [e for e in layout.entries if e.trainable]
         leaves = [inputs[f"w.{e.name}"].requires_grad_() for e in trained]
@@ -110,8 +120,7 @@ class TracedStep:
         pairs = [(recorder.value(target), recorder.value(g)) for target, g in targets]
         roots = simplify(graph, [recorder.value(losses), *(g for _, g in pairs)])
         Updates(graph, work.lr).apply(dict(zip((p for p, _ in pairs), roots[1:], strict=True)))
-        reuse_memory(graph, [roots[0]])
-        return Program(graph, roots[0], ("x", "y"))
+        return graph, roots[0]
 
     def _corrected(
         self, inputs: dict[str, Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]

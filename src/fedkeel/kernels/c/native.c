@@ -1,0 +1,173 @@
+/* fedkeel's compiled kernels: a local step's program of small operations, and selection networks over columns.
+
+   Plain C with the vector types of GCC and Clang, one copy for each instruction set, chosen when it is loaded. Without
+   a compiler the package works all the same: `kernels/native.py` says what is there. Never build it with -ffast-math:
+   that flushes denormals in the whole process. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define UNROLL(n) PRAGMA(unroll n)
+#define ELEMENTWISE PRAGMA(clang loop vectorize(assume_safety))
+#define BEGIN_TARGET(set) PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define UNROLL(n) PRAGMA(GCC unroll n)
+#define ELEMENTWISE PRAGMA(GCC ivdep)
+#define BEGIN_TARGET(set) PRAGMA(GCC push_options) PRAGMA(GCC target(set))
+#define END_TARGET PRAGMA(GCC pop_options)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+/* One operation of a program: train/native.py writes the same fields. An operand lies at base[base] + at, in bytes;
+   its rows are ld elements apart. */
+typedef struct {
+    int64_t base, at, ld;
+} operand;
+
+typedef struct {
+    int64_t code, m, n, k, start;
+    float alpha, unused; /* 8 bytes */
+    operand a, b, c, out;
+} op;
+
+enum { START_ZERO, START_ROW, START_OUT };
+enum {
+    PRODUCT_NT,
+    PRODUCT_NN,
+    PRODUCT_TN,
+    RELU,
+    THRESHOLD_BACKWARD,
+    TANH,
+    TANH_BACKWARD,
+    SIGMOID,
+    SIGMOID_BACKWARD,
+    LOG_SOFTMAX,
+    LOG_SOFTMAX_BACKWARD,
+    NLL,
+    NLL_BACKWARD,
+    ADD,
+    MULTIPLY,
+    SCALE,
+    GATHER_BYTES,
+    GATHER_FLOATS,
+    GATHER_LABELS,
+};
+
+#define IGNORED (-100) /* torch's ignore_index */
+
+#define JOIN(name, set) name##_##set
+#define LANES_4(h, o) LANE(h, o, 0), LANE(h, o, 1), LANE(h, o, 2), LANE(h, o, 3)
+#define LANES_8(h, o) LANES_4(h, o), LANE(h, o, 4), LANE(h, o, 5), LANE(h, o, 6), LANE(h, o, 7)
+#define LANES_16(h, o)                                                                                                \
+    LANES_8(h, o), LANE(h, o, 8), LANE(h, o, 9), LANE(h, o, 10), LANE(h, o, 11), LANE(h, o, 12), LANE(h, o, 13),      \
+        LANE(h, o, 14), LANE(h, o, 15)
+#define LANE(half, offset, lane) ((lane) / (half) * 2 * (half) + (lane) % (half) + (offset))
+
+#if defined(__x86_64__)
+BEGIN_TARGET("avx512f,avx512vl,avx512dq,avx512bw,fma")
+#define NAME(name) JOIN(name, avx512)
+#define V 16
+#define TILE_B 4
+#define TILE_N 4
+#define TILE_M 10
+#define LANES LANES_16
+#include "simd.h"
+#include "step.h"
+#include "rows.h"
+#undef NAME
+#undef V
+#undef TILE_B
+#undef TILE_N
+#undef TILE_M
+#undef LANES
+END_TARGET
+
+BEGIN_TARGET("avx2,fma")
+#define NAME(name) JOIN(name, avx2)
+#define V 8
+#define TILE_B 4
+#define TILE_N 2
+#define TILE_M 5
+#define LANES LANES_8
+#include "simd.h"
+#include "step.h"
+#include "rows.h"
+#undef NAME
+#undef V
+#undef TILE_B
+#undef TILE_N
+#undef TILE_M
+#undef LANES
+END_TARGET
+#endif
+
+#define NAME(name) JOIN(name, base)
+#define V 4
+#define TILE_B 4
+#define TILE_N 2
+#define TILE_M 4
+#define LANES LANES_4
+#include "simd.h"
+#include "step.h"
+#include "rows.h"
+
+typedef struct {
+    const char *name;
+    int (*run)(const op *, int64_t, char *const *);
+    double (*sq_norm)(const float *, int64_t);
+} functions;
+
+static const functions *chosen;
+static const functions base = {"base", run_base, sq_norm_base};
+#if defined(__x86_64__)
+static const functions avx2 = {"avx2", run_avx2, sq_norm_avx2};
+static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512};
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
+EXPORT int fedkeel_abi(void) { return 2; }
+
+/* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
+   is not there. */
+EXPORT const char *fedkeel_use(const char *name) {
+    const functions *there[3] = {0};
+    int count = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const int fused = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (fused && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+        there[count++] = &avx512;
+    if (fused) there[count++] = &avx2;
+#endif
+    there[count++] = &base;
+    for (int i = 0; i < count; i++)
+        if (!name || !strcmp(name, there[i]->name)) {
+            chosen = there[i];
+            return chosen->name;
+        }
+    return 0;
+}
+
+/* The squared L2 norm of n floats, the same in every instruction set. */
+EXPORT double fedkeel_sq_norm(const float *x, int64_t n) { return chosen->sq_norm(x, n); }
+
+/* Run a program `times` over; each of the five bases moves on by its stride of bytes after each. Returns 0, or 1 + the number of the run
+   that met a class that the model does not have. */
+EXPORT int64_t fedkeel_run(const op *program, int64_t length, char **bases, const int64_t *stride, int64_t times) {
+    for (int64_t i = 0; i < times; i++) {
+        if (chosen->run(program, length, bases)) return i + 1;
+        for (int j = 0; j < 5; j++) bases[j] += stride[j];
+    }
+    return 0;
+}

@@ -1,0 +1,350 @@
+"""From a recorded step to a table of operations for the compiled kernels (kernels/c/step.h)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkeel.kernels import native
+from fedkeel.train.contract import Scale
+from fedkeel.train.record import Graph, Node, NotTraceableError, Ref
+
+aten = torch.ops.aten
+_NAMES = (
+    *("product_nt", "product_nn", "product_tn", "relu", "threshold_backward", "tanh", "tanh_backward", "sigmoid"),
+    *("sigmoid_backward", "log_softmax", "log_softmax_backward", "nll", "nll_backward", "add", "multiply", "scale"),
+    *("gather_bytes", "gather_floats", "gather_labels"),
+)
+_CODES = {name: code for code, name in enumerate(_NAMES)}  # the same order as in native.c
+_ZERO, _ROW, _OUT = range(3)  # what a product starts from: zero, a row for all, or what is there
+BASES = FIXED, ROWS, LOSSES, X, Y = range(5)  # of addresses: memory of the step; its rows, losses, examples, labels
+_LINE = 64  # bytes of a cache line
+_IGNORED = -100  # the label that torch's loss passes over unless told otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A float32 matrix in memory, its rows (its columns where `turned`) `ld` elements apart."""
+
+    base: int
+    at: int
+    ld: int
+    rows: int
+    columns: int
+    turned: bool
+
+    @property
+    def T(self) -> _Matrix:  # noqa: N802
+        return replace(self, rows=self.columns, columns=self.rows, turned=not self.turned)
+
+
+class Lowered:
+    """A recorded step on `size` examples as `table`, of `kernels.native.OPERATION`, over the memory of these inputs.
+
+    It begins by gathering its batch: examples `x`, uint8 or float32, scaled as `scale` says, and labels, by row
+    numbers. Raises `NotTraceableError` for an operation that the kernels do not have.
+    """
+
+    def __init__(
+        self, graph: Graph, losses: int, inputs: Mapping[str, Tensor], size: int, dtype: torch.dtype, scale: Scale
+    ) -> None:
+        missing = dict.fromkeys(
+            _called(node) for node in graph.nodes if not self._is_look(graph, node) and node.func not in _RULES
+        )
+        if missing:
+            raise NotTraceableError(f"the compiled kernels have no {', '.join(missing)}")
+        self._graph = graph
+        self._kept: list[Tensor] = []  # memory that the table points into
+        self._rows: list[Any] = []
+        self._places = {
+            graph.storage(value): (FIXED, inputs[name].data_ptr())
+            for value, name in graph.inputs.items()
+            if name not in ("x", "y")
+        }
+        for value, name in graph.inputs.items():
+            if name == "x":
+                self._gather(value, size, dtype, scale)
+            elif name == "y":
+                self._gather_labels(value, size)
+        self._places[graph.storage(losses)] = LOSSES, 0
+        for node in graph.nodes:
+            if not self._is_look(graph, node):
+                _RULES[node.func](self, node)
+        out = graph.tensors[losses]
+        if not out.is_contiguous() or out.storage_offset() or out.shape != (size,):
+            raise NotTraceableError("its loss does not lie in one piece")
+        self.table: NDArray[Any] = np.array(self._rows, native.OPERATION)
+        del self._graph, self._rows, self._places
+
+    def _gather(self, value: int, size: int, dtype: torch.dtype, scale: Scale) -> None:
+        shift = torch.tensor(scale.shift)
+        self._kept.append(shift)
+        name = "gather_bytes" if dtype == torch.uint8 else "gather_floats"
+        width = self._graph.tensors[value].numel() // size
+        places = self._flat(Ref(value)), (X, 0, 0), (ROWS, 0, 0), (FIXED, shift.data_ptr(), 0)
+        self._emit(name, *places, m=size, n=width, alpha=scale.factor)
+
+    def _gather_labels(self, value: int, size: int) -> None:
+        if self._graph.tensors[value].shape != (size,):
+            raise NotTraceableError("a target that is not one class each has no compiled kernel")
+        self._emit("gather_labels", self._flat(Ref(value), torch.int64), (Y, 0, 0), (ROWS, 0, 0), m=size)
+
+    @staticmethod
+    def _is_look(graph: Graph, node: Node) -> bool:
+        """Whether a node is but another look at memory that is there."""
+        outs = [graph.storage(o) for o in node.outs if o is not None]
+        return bool(outs) and not node.writes and {graph.storage(v) for v in node.uses}.issuperset(outs)
+
+    # -- where things lie
+
+    def _place(self, value: int) -> tuple[int, int]:
+        """(base, address) of a value's first element; fresh memory for one that is made here."""
+        graph, tensor = self._graph, self._graph.tensors[value]
+        storage = graph.storage(value)
+        if storage not in self._places:
+            if value in graph.constants:
+                copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+                self._kept.append(copy)
+                return FIXED, copy.data_ptr()
+            size = tensor.untyped_storage().nbytes()
+            room = torch.empty(size + _LINE, dtype=torch.uint8)
+            self._kept.append(room)
+            self._places[storage] = FIXED, -(-room.data_ptr() // _LINE) * _LINE
+        base, start = self._places[storage]
+        return base, start + int(tensor.storage_offset()) * tensor.element_size()
+
+    def matrix(self, argument: Any) -> _Matrix:
+        """A matrix as it lies in memory."""
+        tensor = self.float32(argument)
+        if tensor.ndim != 2:
+            raise NotTraceableError(f"a product of {tensor.ndim}-dimensional tensors has no compiled kernel")
+        rows, columns = tensor.shape
+        dense = argument.value in self._graph.constants
+        down, across = (columns, 1) if dense else tensor.stride()
+        if across == 1 or columns == 1:
+            return _Matrix(*self._place(argument.value), down, rows, columns, False)
+        if down == 1 or rows == 1:
+            return _Matrix(*self._place(argument.value), across, rows, columns, True)
+        raise NotTraceableError("a product of scattered memory has no compiled kernel")
+
+    def _flat(self, argument: Any, dtype: torch.dtype = torch.float32) -> tuple[int, int, int]:
+        """(base, address, elements apart) of a tensor that lies in one piece."""
+        tensor = self.float32(argument) if dtype == torch.float32 else self._graph.tensors[argument.value]
+        if tensor.dtype != dtype:
+            raise NotTraceableError(f"a value of {tensor.dtype} has no compiled kernel")
+        if argument.value not in self._graph.constants and not tensor.is_contiguous():
+            raise NotTraceableError("scattered memory has no compiled kernel")
+        return *self._place(argument.value), 1
+
+    def float32(self, argument: Any) -> Tensor:
+        """The recorded tensor behind an argument."""
+        if type(argument) is not Ref:
+            raise NotTraceableError("a plain number in a tensor's place has no compiled kernel")
+        tensor = self._graph.tensors[argument.value]
+        if tensor.dtype != torch.float32:
+            raise NotTraceableError(f"a value of {tensor.dtype} has no compiled kernel")
+        return tensor
+
+    def _elements(self, *arguments: Any) -> int:
+        """How many elements each of these has: the same number, with no broadcasting between them."""
+        shapes = {tuple(self.float32(a).shape) for a in arguments}
+        if len(shapes) != 1:
+            raise NotTraceableError("broadcasting has no compiled kernel")
+        return math.prod(shapes.pop())
+
+    # -- what the kernels do
+
+    def _emit(
+        self,
+        name: str,
+        out: tuple[int, int, int],
+        *given: tuple[int, int, int],
+        m: int = 0,
+        n: int = 0,
+        k: int = 0,
+        start: int = _ZERO,
+        alpha: float = 1.0,
+    ) -> None:
+        a, b, c = (*given, *[(FIXED, 0, 0)] * (3 - len(given)))
+        self._rows.append((_CODES[name], m, n, k, start, alpha, 0.0, a, b, c, out))
+
+    def product(self, out: _Matrix, a: _Matrix, b: _Matrix, start: int, row: Any = None, alpha: float = 1.0) -> None:
+        """out = start + alpha * a @ b."""
+        if out.turned:
+            out, a, b = out.T, b.T, a.T
+            if row is not None:
+                raise NotTraceableError("a product added to a column has no compiled kernel")
+        name = {(False, True): "product_nt", (False, False): "product_nn", (True, False): "product_tn"}.get(
+            (a.turned, b.turned)
+        )
+        if name is None:
+            raise NotTraceableError("the product of two transposed matrices has no compiled kernel")
+        places = [(x.base, x.at, x.ld) for x in (out, a, b)]
+        added = (FIXED, 0, 0)
+        if row is not None:
+            if self.float32(row).shape != (out.columns,):
+                raise NotTraceableError("broadcasting has no compiled kernel")
+            added = self._flat(row)
+        self._emit(name, *places, added, m=out.rows, n=out.columns, k=a.columns, start=start, alpha=alpha)
+
+    def elementwise(self, name: str, out: int, a: Any, b: Any = None, alpha: float = 1.0) -> None:
+        """out[j] = f(a[j], b[j], alpha)."""
+        given = (a,) if b is None else (a, b)
+        count = self._elements(*given, Ref(out))
+        self._emit(name, self._flat(Ref(out)), *map(self._flat, given), n=count, alpha=alpha)
+
+    def by_rows(self, name: str, out: int, a: Any, b: Any = None) -> None:
+        """Over the last dimension, which the classes are in."""
+        given = (a,) if b is None else (a, b)
+        count, last = self._elements(*given, Ref(out)), self.float32(a).shape[-1]
+        self._emit(name, self._flat(Ref(out)), *map(self._flat, given), m=count // last, n=last)
+
+    def loss(self, name: str, out: int, a: Any, labels: Any, matrix: Any) -> None:
+        """Between a value per example and a matrix (examples, classes), by the labels."""
+        rows, classes = self.float32(matrix).shape
+        self._emit(name, self._flat(Ref(out)), self._flat(a), self._flat(labels, torch.int64), m=rows, n=classes)
+
+    def ones(self, count: int) -> _Matrix:
+        """A row of ones."""
+        ones = torch.ones(count)
+        self._kept.append(ones)
+        return _Matrix(FIXED, ones.data_ptr(), count, 1, count, False)
+
+    def row(self, value: int) -> _Matrix:
+        """A flat tensor as a matrix of one row."""
+        base, at, _ = self._flat(Ref(value))
+        count = self._graph.tensors[value].numel()
+        return _Matrix(base, at, count, 1, count, False)
+
+
+def _called(node: Node) -> str:
+    schema = getattr(node.func, "_schema", None)
+    return schema.name.partition("::")[2] if schema is not None else getattr(node.func, "__name__", repr(node.func))
+
+
+_Lowering = Callable[[Lowered, Node], None]
+_RULES: dict[Any, _Lowering] = {}
+
+
+def _lowers(*funcs: Any) -> Callable[[_Lowering], _Lowering]:
+    def enrol(rule: _Lowering) -> _Lowering:
+        _RULES.update(dict.fromkeys(funcs, rule))
+        return rule
+
+    return enrol
+
+
+def _result(node: Node) -> int:
+    value = node.outs[0]
+    assert value is not None
+    return value
+
+
+def _require(holds: bool, node: Node) -> None:
+    if not holds:
+        raise NotTraceableError(f"operation {_called(node)} has no compiled kernel for these arguments")
+
+
+@_lowers(aten.mm.default)
+def _mm(to: Lowered, node: Node) -> None:
+    a, b = map(to.matrix, node.args)
+    to.product(to.matrix(Ref(_result(node))), a, b, _ZERO)
+
+
+@_lowers(aten.addmm.default)
+def _addmm(to: Lowered, node: Node) -> None:
+    _require(not node.kwargs, node)
+    row, a, b = node.args
+    to.product(to.matrix(Ref(_result(node))), to.matrix(a), to.matrix(b), _ROW, row)
+
+
+@_lowers(Tensor.addmm_)
+def _addmm_in_place(to: Lowered, node: Node) -> None:
+    out, a, b = map(to.matrix, node.args)
+    to.product(out, a, b, _OUT, alpha=node.kwargs["alpha"])
+
+
+@_lowers(Tensor.addmv_)
+def _addmv_in_place(to: Lowered, node: Node) -> None:
+    target, matrix, vector = node.args
+    to.product(to.row(target.value), to.row(vector.value), to.matrix(matrix).T, _OUT, alpha=node.kwargs["alpha"])
+
+
+@_lowers(aten.sum.dim_IntList)
+def _sum(to: Lowered, node: Node) -> None:
+    _require(list(node.args[1]) == [0] and not node.kwargs, node)
+    matrix = to.matrix(node.args[0])
+    to.product(to.row(_result(node)), to.ones(matrix.rows), matrix, _ZERO)
+
+
+@_lowers(Tensor.add_)
+def _add_in_place(to: Lowered, node: Node) -> None:
+    target, value = node.args
+    to.elementwise("add", target.value, target, value, node.kwargs["alpha"])
+
+
+@_lowers(aten.add.Tensor, aten.sub.Tensor)
+def _add(to: Lowered, node: Node) -> None:
+    sign = 1 if node.func is aten.add.Tensor else -1
+    a, b = node.args
+    to.elementwise("add", _result(node), a, b, sign * node.kwargs.get("alpha", 1))
+
+
+@_lowers(aten.mul.Tensor)
+def _multiply(to: Lowered, node: Node) -> None:
+    a, b = node.args
+    if isinstance(b, int | float):
+        to.elementwise("scale", _result(node), a, alpha=b)
+    else:
+        to.elementwise("multiply", _result(node), a, b)
+
+
+@_lowers(aten.relu.default, aten.tanh.default, aten.sigmoid.default)
+def _activation(to: Lowered, node: Node) -> None:
+    to.elementwise(_called(node), _result(node), *node.args)
+
+
+@_lowers(aten.tanh_backward.default, aten.sigmoid_backward.default)
+def _activation_backward(to: Lowered, node: Node) -> None:
+    to.elementwise(_called(node), _result(node), *node.args)
+
+
+@_lowers(aten.threshold_backward.default)
+def _threshold_backward(to: Lowered, node: Node) -> None:
+    gradient, source, threshold = node.args
+    to.elementwise("threshold_backward", _result(node), gradient, source, alpha=threshold)
+
+
+@_lowers(aten._log_softmax.default)
+def _log_softmax(to: Lowered, node: Node) -> None:
+    source, dimension, half = node.args
+    _require(dimension in (-1, to.float32(source).ndim - 1) and not half, node)
+    to.by_rows("log_softmax", _result(node), source)
+
+
+@_lowers(aten._log_softmax_backward_data.default)
+def _log_softmax_backward(to: Lowered, node: Node) -> None:
+    gradient, output, dimension, dtype = node.args
+    _require(dimension in (-1, to.float32(output).ndim - 1) and dtype == torch.float32, node)
+    to.by_rows("log_softmax_backward", _result(node), gradient, output)
+
+
+@_lowers(aten.nll_loss_forward.default)
+def _nll(to: Lowered, node: Node) -> None:
+    source, labels, weight, reduction, ignored = node.args
+    _require(weight is None and reduction == 0 and ignored == _IGNORED and to.float32(source).ndim == 2, node)
+    to.loss("nll", _result(node), source, labels, source)
+
+
+@_lowers(aten.nll_loss_backward.default)
+def _nll_backward(to: Lowered, node: Node) -> None:
+    gradient, source, labels, weight, reduction, ignored, _ = node.args
+    _require(weight is None and reduction == 0 and ignored == _IGNORED and to.float32(source).ndim == 2, node)
+    to.loss("nll_backward", _result(node), gradient, labels, source)

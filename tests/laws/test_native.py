@@ -1,0 +1,283 @@
+"""The compiled kernels: right in every instruction set that this machine has, and never outside their memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from train_cases import compiled, tasks_of
+
+import fedkeel.kernels.native as native_module
+from fedkeel.core.layout import Layout
+from fedkeel.core.registry import build
+from fedkeel.kernels import distance, native
+from fedkeel.train import ClientData, LocalWork, Scale, make_trainer
+from fedkeel.train.backends import fits
+from fedkeel.train.lower import BASES, LOSSES, Lowered
+from fedkeel.train.record import Recorder
+
+pytestmark = compiled
+EPS = 2.0**-24
+
+
+def path() -> Path:
+    (found,) = Path(native.__file__).parent.glob("_native*")
+    return found
+
+
+def there(name: str) -> bool:
+    try:
+        native.Library(path(), name)
+    except OSError:
+        return False
+    finally:
+        native.Library(path(), None)
+    return True
+
+
+SETS = [name for name in native.SETS if not isinstance(native.library(), str) and there(name)]
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[native.Library]:
+    yield native.Library(path(), request.param)
+    native.Library(path(), None)
+
+
+def guarded(*shape: int) -> tuple[Tensor, Tensor]:
+    """A tensor of NaN between two runs of a magic number, and the whole of it."""
+    size = math.prod(shape)
+    whole = torch.full((size + 64,), 12345.0)
+    whole[32 : 32 + size] = math.nan
+    return whole[32 : 32 + size].view(*shape), whole
+
+
+def run(library: native.Library, record: object, inputs: dict[str, Tensor], out: Tensor) -> None:
+    """Record a function of the inputs that gives a tensor like `out` (n,), and run it as a program into `out`."""
+    given = {name: t.clone() for name, t in inputs.items()}
+    with Recorder(given) as recorder:
+        result = record(**given)
+        value = recorder.value(result)
+    lowered = Lowered(recorder.graph, value, inputs, len(out), torch.float32, Scale())
+    bases, strides = np.zeros((2, len(BASES)), np.int64)
+    bases[LOSSES] = out.data_ptr()
+    table = lowered.table
+    assert library.run(table.ctypes.data, len(table), bases.ctypes.data, strides.ctypes.data, 1) == 0
+
+
+sizes = st.integers(1, 70)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("turned", ["nt", "nn", "tn"])
+@settings(max_examples=60, deadline=None)
+@given(m=sizes, n=sizes, k=sizes, start=st.integers(0, 2), alpha=st.sampled_from([1.0, -0.05]), seed=st.integers(0, 99))
+def test_a_product_is_right_and_stays_in_its_memory(
+    name: str, turned: str, m: int, n: int, k: int, start: int, alpha: float, seed: int
+) -> None:
+    library = native.Library(path(), name)
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(m, k, generator=generator)
+    b = torch.randn(k, n, generator=generator)
+    row = torch.randn(n, generator=generator)
+    out, whole = guarded(m, n)
+    before = torch.randn(m, n, generator=generator)
+    out.copy_(before)
+    left = a.t().contiguous() if turned == "tn" else a
+    right = b.t().contiguous() if turned == "nt" else b
+    code = ("nt", "nn", "tn").index(turned)
+    places = [(0, t.data_ptr(), t.shape[-1]) for t in (left, right, row, out)]
+    table = np.array([(code, m, n, k, start, alpha, 0.0, *places)], native.OPERATION)
+    bases = np.zeros(len(BASES), np.int64)
+    library.run(table.ctypes.data, 1, bases.ctypes.data, bases.copy().ctypes.data, 1)
+    native.Library(path(), None)
+    begun = (torch.zeros(m, n), row.expand(m, n), before)[start].double()
+    exact = begun + alpha * (a.double() @ b.double())
+    bound = (k + 3) * EPS * (begun.abs() + abs(alpha) * (a.double().abs() @ b.double().abs())) + 1e-30
+    assert bool(((out.double() - exact).abs() <= bound).all())
+    assert bool((whole[:32] == 12345).all())
+    assert bool((whole[-32:] == 12345).all())
+
+
+SPECIAL = [
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-40,
+    1e-8,
+    0.3,
+    -0.624,
+    0.626,
+    5.0,
+    -9.0,
+    30.0,
+    87.9,
+    -88.0,
+    1e4,
+    -1e38,
+    math.inf,
+    -math.inf,
+]
+
+
+@pytest.mark.parametrize("function", ["relu", "tanh", "sigmoid"])
+def test_an_activation_is_torchs_to_a_few_units_whatever_the_input(
+    instruction_set: native.Library, function: str
+) -> None:
+    x = torch.cat([torch.tensor([*SPECIAL, math.nan]), torch.linspace(-20, 20, 4001)])
+    out, _ = guarded(len(x))
+    run(instruction_set, lambda x_: getattr(torch, function)(x_), {"x_": x}, out)
+    torch.testing.assert_close(out, getattr(torch, function)(x), rtol=6e-7, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [1, 2, 10, 33])
+def test_log_softmax_is_torchs_whatever_the_logits(instruction_set: native.Library, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(64, width, generator=generator) * 30
+    x[0], x[1, 0], x[2], x[3, -1], x[4] = 0, math.inf, -1e38, math.nan, 1e38
+    x[5, 0] = -math.inf
+    out, _ = guarded(x.numel())
+    run(instruction_set, lambda x_: torch.log_softmax(x_, 1).view(-1), {"x_": x}, out)
+    torch.testing.assert_close(out.view(64, width), torch.log_softmax(x, 1), rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+def mlp(*widths: int, act: type[nn.Module] = nn.ReLU, bias: bool = True) -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b, bias=bias), act()]
+    return nn.Sequential(*layers[:-1])
+
+
+def data_for(width: int, classes: int, dtype: torch.dtype, counts: tuple[int, ...] = (41, 7, 20)) -> ClientData:
+    generator = torch.Generator().manual_seed(width)
+    n = sum(counts)
+    x = torch.randn(n, width, generator=generator)
+    x = (x * 40 + 128).clamp(0, 255).to(dtype) if dtype == torch.uint8 else x.to(dtype)
+    scale = Scale(128.0, 1 / 40) if dtype == torch.uint8 else Scale()
+    y = torch.randint(0, classes, (n,), generator=generator)
+    return ClientData(x, y, torch.tensor([0, *counts]).cumsum(0), scale)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.Sigmoid])
+@pytest.mark.parametrize(
+    ("widths", "batch", "dtype", "bias"),
+    [
+        ((64, 48, 32, 10), 20, torch.uint8, True),
+        ((17, 5, 3), 7, torch.float32, True),
+        ((50, 1, 2), 1, torch.float32, True),  # products of one row, one column
+        ((33, 100, 10), 64, torch.float64, False),  # prepared, not gathered
+        ((5, 3), 41, torch.uint8, True),
+    ],
+)
+def test_a_perceptron_trains_as_by_the_loop(
+    instruction_set: native.Library,
+    widths: tuple[int, ...],
+    batch: int,
+    dtype: torch.dtype,
+    bias: bool,
+    act: type[nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native_module, "library", lambda: instruction_set)
+    module, data = mlp(*widths, act=act, bias=bias), data_for(widths[0], widths[-1], dtype)
+    layout = Layout.of(module)
+    epochs, loss = build("stopping", "epochs", epochs=2), build("loss", "cross_entropy")
+    theta, tasks = layout.flatten(module), tasks_of(data, layout)
+    for corrections in ((), (build("correction", "l2", coef=0.3),)):
+        work = LocalWork(batch, 0.1, epochs, loss, corrections)
+        expected = {
+            t.client: (t.delta.clone(), t.loss)
+            for t in make_trainer("loop", module, layout, data, work, workers=1).train(theta, tasks)
+        }
+        for one in make_trainer("native", module, layout, data, work, workers=1).train(theta, tasks):
+            delta, value = expected[one.client]
+            torch.testing.assert_close(one.delta, delta, rtol=1e-4, atol=3e-6)
+            assert one.loss == pytest.approx(value, rel=1e-5)
+
+
+def test_an_ignored_label_counts_for_nothing_and_an_unknown_one_ends_the_client() -> None:
+    module = mlp(6, 4, 3)
+    data = data_for(6, 3, torch.float32, (12, 12))
+    layout, loss = Layout.of(module), build("loss", "cross_entropy")
+    data.y[20] = -100
+    data.y[8] = 3  # not among the few that make_trainer tries
+    work = LocalWork(4, 0.1, build("stopping", "epochs"), loss)
+    theta, tasks = layout.flatten(module), tasks_of(data, layout)
+    found = {}
+    for backend in ("loop", "native"):
+        trainer = make_trainer(backend, module, layout, data, work, workers=1)
+        found[backend] = {t.client: (t.failure, t.delta.clone()) for t in trainer.train(theta, tasks)}
+    assert found["native"][1][0] is None
+    torch.testing.assert_close(found["native"][1][1], found["loop"][1][1], rtol=1e-4, atol=1e-6)
+    assert str(found["native"][0][0]).startswith("the training step raised IndexError: a label of batch")
+    assert str(found["loop"][0][0]).startswith("the training step raised IndexError")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.GELU()),
+            "the compiled kernels have no gelu, gelu_backward",
+        ),
+        (lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 3, 6), nn.Flatten()), "convolution"),
+        (lambda: nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5)), "dropout|bernoulli"),
+    ],
+    ids=["gelu", "convolution", "dropout"],
+)
+def test_what_has_no_kernel_is_refused_by_name(make: object, reason: str) -> None:
+    module = make()
+    data = data_for(6, 3, torch.float32)
+    work = LocalWork(4, 0.1, build("stopping", "epochs"), build("loss", "cross_entropy"))
+    found = fits("native", module, Layout.of(module), data, work)
+    assert found is not None
+    assert any(part in found for part in reason.split("|")), found
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=200))
+def test_a_squared_norm_is_the_same_in_every_instruction_set_and_right(values: list[float]) -> None:
+    x = np.array(values, np.float32)
+    found = {native.Library(path(), name).sq_norm(x.ctypes.data, len(x)) for name in SETS}
+    native.Library(path(), None)
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(math.fsum(float(v) ** 2 for v in x), rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_squared_norm_shows_what_is_not_finite(instruction_set: native.Library, bad: float) -> None:
+    for at in (0, 40, 99):
+        x = np.ones(100, np.float32)
+        x[at] = bad
+        assert not math.isfinite(instruction_set.sq_norm(x.ctypes.data, 100))
+
+
+def test_without_the_kernels_the_same_norm_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = torch.randn(10_001, generator=torch.Generator().manual_seed(0))
+    compiled_norm = distance.sq_norm(row)
+    for wanted, why in (("off", "FEDKEEL_NATIVE=off turns"), ("sse9", "names no instruction set: write off, avx512")):
+        native.library.cache_clear()
+        monkeypatch.setenv("FEDKEEL_NATIVE", wanted)
+        assert why in str(native.library())
+        assert distance.sq_norm(row) == pytest.approx(compiled_norm, rel=1e-6)
+        module, data = nn.Linear(6, 3), data_for(6, 3, torch.float32)
+        work = LocalWork(4, 0.1, build("stopping", "epochs"), build("loss", "cross_entropy"))
+        assert why in str(fits("native", module, Layout.of(module), data, work))
+    monkeypatch.undo()
+    native.library.cache_clear()
+
+
+def test_a_library_from_other_sources_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_module, "ABI", native.ABI + 1)
+    native.library.cache_clear()
+    assert "other sources" in str(native.library())
+    monkeypatch.undo()
+    native.library.cache_clear()
