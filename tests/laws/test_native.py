@@ -18,7 +18,7 @@ from train_cases import compiled, tasks_of
 import fedkeel.kernels.native as native_module
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import build
-from fedkeel.kernels import distance, native
+from fedkeel.kernels import distance, native, order
 from fedkeel.train import ClientData, LocalWork, Scale, make_trainer
 from fedkeel.train.backends import fits
 from fedkeel.train.lower import BASES, LOSSES, Lowered
@@ -281,3 +281,45 @@ def test_a_library_from_other_sources_is_left_alone(monkeypatch: pytest.MonkeyPa
     assert "other sources" in str(native.library())
     monkeypatch.undo()
     native.library.cache_clear()
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 21, 64, 128])
+def test_a_selection_gives_the_same_bits_as_without_the_kernel(
+    instruction_set: native.Library, n: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(n)
+    U = torch.randn(n, columns, generator=generator)
+    U[:, ::3] = U[:, ::3].round()  # ties
+    U[generator.initial_seed() % n, columns // 2] = math.nan
+    U[0, columns // 3], U[-1, columns // 4] = math.inf, -1e-40
+    for trim in sorted({0, 1, n // 5, (n - 1) // 2}):
+        if 2 * trim >= n:
+            continue
+        found = []
+        for library in (instruction_set, "none"):
+            monkeypatch.setattr(native_module, "library", lambda library=library: library)
+            found.append(order.trimmed_mean(U, trim))
+        assert torch.equal(found[0].nan_to_num(7.5), found[1].nan_to_num(7.5))
+        assert torch.equal(found[0].isnan(), found[1].isnan())
+
+
+def test_a_selection_writes_its_own_columns_only(instruction_set: native.Library) -> None:
+    U, (out, whole) = torch.randn(5, 300), guarded(300)
+    rows = [U[i].data_ptr() for i in range(5)]
+    order._compiled(instruction_set, rows, 2, out)
+    torch.testing.assert_close(out, U.median(0).values, rtol=0, atol=0)
+    assert bool((whole[:32] == 12345).all())
+    assert bool((whole[-32:] == 12345).all())
+
+
+@pytest.mark.parametrize("origin", [None, 2])
+@pytest.mark.parametrize(("n", "columns"), [(3, 1), (4, 1023), (5, 1025), (23, 5000)])
+def test_inner_products_are_right(instruction_set: native.Library, n: int, columns: int, origin: int | None) -> None:
+    U = torch.randn(n, columns, generator=torch.Generator().manual_seed(n)) + 3
+    centred = U.double() - (U.double().mean(0) if origin is None else U[origin].double())
+    found = distance._compiled_gram(instruction_set, U, range(n), origin)
+    exact = centred @ centred.T
+    assert torch.equal(found, found.T)
+    scale = exact.diagonal().max()
+    torch.testing.assert_close(found / scale, exact / scale, rtol=0, atol=1e-6)  # the offset costs two bits

@@ -6,9 +6,9 @@ meet once, at the end, do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -29,12 +29,7 @@ def share(columns: int, size: int, work: Callable[[Iterator[slice]], None]) -> N
     """
     parts = iter(list(spans(slice(0, columns), size)))
     workers = min(torch.get_num_threads(), -(-columns // size))
-    if workers <= 1:
-        work(parts)
-        return
-    with _workers(workers) as pool:
-        for future in [pool.submit(work, parts) for _ in range(workers)]:
-            future.result()
+    _together([lambda: work(parts)] * max(workers, 1))
 
 
 def partials(columns: int, size: int, work: Callable[[slice], T]) -> list[T]:
@@ -43,18 +38,50 @@ def partials(columns: int, size: int, work: Callable[[slice], T]) -> list[T]:
     The ranges depend on `columns` and `size` alone, so a sum of the results does not depend on the number of workers.
     """
     parts = list(spans(slice(0, columns), max(-(-columns // _PARTS), size, 1))) or [slice(0, 0)]
-    workers = min(torch.get_num_threads(), len(parts))
-    if workers <= 1:
+    if torch.get_num_threads() == 1 or len(parts) == 1:
         return [work(part) for part in parts]
-    with _workers(workers) as pool:
-        return list(pool.map(work, parts))
+    results: dict[int, T] = {}
+    left = iter(range(len(parts)))
+
+    def take() -> None:
+        for i in left:
+            results[i] = work(parts[i])
+
+    _together([take] * min(torch.get_num_threads(), len(parts)))
+    return [results[i] for i in range(len(parts))]
 
 
-@contextmanager
-def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
+def _together(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run them side by side, the last in this thread; each with one intra-op thread."""
+    if len(jobs) == 1:
+        jobs[0]()
+        return
     threads = torch.get_num_threads()
+
+    def alone(job: Callable[[], None]) -> None:
+        torch.set_num_threads(1)
+        job()
+
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        futures = [_pool(len(jobs) - 1).submit(alone, job) for job in jobs[:-1]]
+        try:
+            alone(jobs[-1])
+        finally:
+            wait(futures)
+        for future in futures:
+            future.result()
     finally:
-        torch.set_num_threads(threads)  # the workers' setting is also what threads started later would begin with
+        torch.set_num_threads(threads)
+
+
+_kept: list[tuple[int, ThreadPoolExecutor]] = []  # the pool and its size; kept, as a new thread begins on a busy core
+
+
+def _pool(size: int) -> ThreadPoolExecutor:
+    if not _kept or _kept[0][0] < size:
+        _kept[:] = [(size, ThreadPoolExecutor(size, thread_name_prefix="fedkeel"))]
+    return _kept[0][1]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_kept.clear)  # its threads stay behind

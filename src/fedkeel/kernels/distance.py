@@ -67,6 +67,14 @@ def gram(
     to some 1e-8 of the rows' squared norms, and overflows above 1e19.
     """
     n = U.shape[0] if rows is None else len(rows)
+    compiled = native.library()
+    if (
+        dtype == U.dtype == torch.float32
+        and U.device.type == "cpu"
+        and U.stride(1) == 1
+        and not isinstance(compiled, str)
+    ):
+        return _compiled_gram(compiled, U, range(n) if rows is None else rows, origin)
 
     def work(columns: slice) -> Tensor:
         total = torch.zeros(n, n, dtype=torch.float64, device=U.device)
@@ -81,6 +89,20 @@ def gram(
         return total
 
     return _sum_over_columns(U, n, work)
+
+
+def _compiled_gram(library: native.Library, U: Tensor, rows: Sequence[int], origin: int | None) -> Tensor:
+    addresses = np.array([U[i].data_ptr() for i in rows], np.uintp)
+    n, place = len(addresses), -1 if origin is None else origin
+
+    def work(columns: slice) -> Tensor:
+        total = torch.zeros(n, n, dtype=torch.float64)
+        if library.gram(addresses.ctypes.data, n, columns.start, columns.stop, place, total.data_ptr()):
+            raise MemoryError(f"no memory for the inner products of {n} rows")
+        return total
+
+    lower = _sum_over_columns(U, n, work)
+    return lower + lower.tril(-1).T
 
 
 def sq_distances(U: Tensor, rows: Sequence[int] | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-ABI = 2  # native.c has the same: a library built from other sources is left alone
+ABI = 4  # native.c has the same: a library built from other sources is left alone
 SETS = ("avx512", "avx2", "base")
 
 _OPERAND = np.dtype([("base", "<i8"), ("at", "<i8"), ("ld", "<i8")])
@@ -43,6 +43,11 @@ class Library:
         self.sq_norm = library.fedkeel_sq_norm
         self.sq_norm.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         self.sq_norm.restype = ctypes.c_double
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self.select = library.fedkeel_select
+        self.select.argtypes = [pointer, pointer, number, number]
+        self.gram = library.fedkeel_gram
+        self.gram.argtypes = [pointer, *[number] * 4, pointer]
 
 
 @cache

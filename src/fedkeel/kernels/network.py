@@ -34,6 +34,18 @@ class Plan:
     scratch: int
     kept: tuple[int, ...]
 
+    @property
+    def comparators(self) -> list[tuple[int, int, int, int]]:
+        """The steps with the two of one pair together: (a, b, minimum to, maximum to), -1 where one is not wanted."""
+        found: list[list[int]] = []
+        for is_max, a, b, out in self.steps:
+            if found and found[-1][:2] == [a, b] and found[-1][2 + is_max] < 0:
+                found[-1][2 + is_max] = out
+            else:
+                found.append([a, b, -1, -1])
+                found[-1][2 + is_max] = out
+        return [(a, b, low, high) for a, b, low, high in found]
+
 
 @lru_cache(maxsize=256)
 def plan(n: int, trim: int) -> Plan:

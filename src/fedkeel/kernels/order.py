@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkeel.kernels import blocks, network
+from fedkeel.kernels import blocks, native, network
 
 NETWORK_ROWS = 128  # above, the network's n log^2 n comparisons lose to numpy's vectorised sort
 _BLOCK_BYTES = 1 << 23  # working rows of one block: longer calls cost two workers fewer waits for each other
+_COMPILED_COLUMNS = 1 << 16  # per call: long beside the call's cost, short beside a worker's share
 _DEVICE_COLUMNS = 1 << 22  # on a GPU a block only bounds the memory
 
 
@@ -28,11 +29,36 @@ def trimmed_mean(U: Tensor, trim: int, rows: Sequence[int] | None = None) -> Ten
     if len(picked) <= 2 * trim:
         raise ValueError(f"{len(picked)} rows leave nothing to average when {trim} are trimmed at each end")
     U, out = U.detach(), torch.empty(U.shape[1], dtype=U.dtype, device=U.device)
-    if U.device.type == "cpu" and U.dtype in (torch.float32, torch.float64):
+    compiled = native.library()
+    if (
+        U.device.type == "cpu"
+        and U.dtype == torch.float32
+        and U.stride(1) == 1
+        and len(picked) <= NETWORK_ROWS
+        and not isinstance(compiled, str)
+    ):
+        _compiled(compiled, [U[i].data_ptr() for i in picked], trim, out)
+    elif U.device.type == "cpu" and U.dtype in (torch.float32, torch.float64):
         _on_cpu([U[i].numpy() for i in picked], trim, out.numpy())
     else:
         _on_device(U, picked, trim, out)
     return out
+
+
+def _compiled(library: native.Library, rows: list[int], trim: int, out: Tensor) -> None:
+    """By the compiled kernel: rows by their addresses."""
+    chosen = network.plan(len(rows), trim)
+    addresses, steps = np.array(rows, np.uintp), np.array(chosen.comparators, np.int32)
+    kept = np.array(chosen.kept, np.int32)
+    places = (steps.ctypes.data, kept.ctypes.data, out.data_ptr())
+    described = np.array([len(rows), len(steps), chosen.scratch, len(kept), *places], np.int64)
+
+    def work(parts: Iterator[slice]) -> None:
+        for part in parts:
+            if library.select(described.ctypes.data, addresses.ctypes.data, part.start, part.stop):
+                raise MemoryError(f"no memory for the working rows of {len(rows)} rows")
+
+    blocks.share(out.numel(), _COMPILED_COLUMNS, work)
 
 
 def _on_cpu(rows: list[NDArray[Any]], trim: int, out: NDArray[Any]) -> None:
@@ -61,7 +87,7 @@ def _run(
     total: NDArray[np.float64],
     out: NDArray[Any],
 ) -> None:
-    """One block of columns through the network. The place for a compiled kernel: same arguments, same result."""
+    """One block of columns through the network."""
     registers = block + list(scratch[:, : out.size])
     minimum, maximum = np.minimum, np.maximum
     for is_max, a, b, target in chosen.steps:

@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -61,6 +62,21 @@ enum {
     GATHER_LABELS,
 };
 
+/* A selection network over columns, as kernels/network.py plans it: steps of four numbers, (a, b, low, high), put the
+   smaller of registers a and b into low and the larger into high, where these are not -1; the result is the mean, summed
+   in double, of the registers `kept`. Registers are the rows, then working rows. A column that holds a NaN gives NaN. */
+typedef struct {
+    int64_t rows, count, scratch, keeps;
+    const int32_t *steps, *kept;
+    float *out;
+} network;
+#ifndef WIDTH
+#define WIDTH 128 /* columns at a time */
+#endif
+#ifndef AHEAD
+#define AHEAD (2 * WIDTH) /* columns that are fetched early, into the second cache */
+#endif
+#define RUN 512 /* columns of one product in float: its rounding stays below 1e-7 of the sum */
 #define IGNORED (-100) /* torch's ignore_index */
 
 #define JOIN(name, set) name##_##set
@@ -123,19 +139,21 @@ typedef struct {
     const char *name;
     int (*run)(const op *, int64_t, char *const *);
     double (*sq_norm)(const float *, int64_t);
+    void (*select)(const network *, const float *const *, int64_t, int64_t, const float **, float *);
+    void (*gram)(const float *const *, int64_t, int64_t, int64_t, int64_t, float *, float *, double *);
 } functions;
 
 static const functions *chosen;
-static const functions base = {"base", run_base, sq_norm_base};
+static const functions base = {"base", run_base, sq_norm_base, select_base, gram_base};
 #if defined(__x86_64__)
-static const functions avx2 = {"avx2", run_avx2, sq_norm_avx2};
-static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512};
+static const functions avx2 = {"avx2", run_avx2, sq_norm_avx2, select_avx2, gram_avx2};
+static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512, select_avx512, gram_avx512};
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
-EXPORT int fedkeel_abi(void) { return 2; }
+EXPORT int fedkeel_abi(void) { return 4; }
 
 /* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
    is not there. */
@@ -169,5 +187,30 @@ EXPORT int64_t fedkeel_run(const op *program, int64_t length, char **bases, cons
         if (chosen->run(program, length, bases)) return i + 1;
         for (int j = 0; j < 5; j++) bases[j] += stride[j];
     }
+    return 0;
+}
+
+/* Columns [start, stop) of the rows through a network. Returns 0, or 1 without the memory to work in. */
+EXPORT int fedkeel_select(const network *net, const float *const *rows, int64_t start, int64_t stop) {
+    const int64_t working = net->scratch + net->rows + 1;
+    float *scratch = 0;
+    const float **registers = malloc((size_t)(net->rows + net->scratch) * sizeof *registers);
+    if (!registers || posix_memalign((void **)&scratch, 64, (size_t)(working * WIDTH) * sizeof *scratch)) {
+        free(registers);
+        return 1;
+    }
+    chosen->select(net, rows, start, stop, registers, scratch);
+    free(scratch);
+    free(registers);
+    return 0;
+}
+
+/* Inner products of n centred rows over columns [start, stop), the lower triangle of G (n, n), added to what is there.
+   Returns 0, or 1 without the memory to work in. */
+EXPORT int fedkeel_gram(const float *const *rows, int64_t n, int64_t start, int64_t stop, int64_t origin, double *G) {
+    float *room = 0;
+    if (posix_memalign((void **)&room, 64, (size_t)(n * (RUN + n)) * sizeof *room)) return 1;
+    chosen->gram(rows, n, start, stop, origin, room, room + n * RUN, G);
+    free(room);
     return 0;
 }
