@@ -50,7 +50,7 @@ class Train(Section):
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(0.1, description="learning rate of the local SGD")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
     corrections: tuple[str, ...] = Field((), description="changes to the local gradient: `fedkeel rules correction`")
-    backend: str = Field("auto", description="auto, traced, rows or loop: the same results, at different speed")
+    backend: str = Field("auto", description="auto, native, traced, rows or loop: the same results, at different speed")
     device: str = Field("cpu", description="cpu or cuda")
     workers: Positive | None = Field(None, description="worker processes; one a core when left out")
 

@@ -101,11 +101,11 @@ class Coordinator:
         first: list[Command] = [Evaluate(0, self.server.state.version)] if self.server.state.round == 0 else []
         return first + self._advance(now)
 
-    def on_message(self, client: str, data: bytes, now: float) -> list[Command]:
-        """Bytes came from a client."""
+    def on_message(self, client: str, data: bytes, now: float, *, intact: bool = False) -> list[Command]:
+        """Bytes came from a client; `intact` as in `Server.offer`."""
         if self._over:
             return []
-        self.server.offer(client, data)
+        self.server.offer(client, data, intact=intact)
         if not self.server.awaits(client):
             self._in_flight.pop(client, None)
         return self._advance(now)

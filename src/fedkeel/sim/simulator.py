@@ -150,7 +150,7 @@ class Simulator:
         elif outcome.data is None:
             commands = self.coordinator.on_failure(outcome.client, outcome.task, outcome.why, self._now, stage="train")
         else:
-            commands = self.coordinator.on_message(outcome.client, outcome.data, self._now)
+            commands = self.coordinator.on_message(outcome.client, outcome.data, self._now, intact=True)
         self._spent("aggregate", started)
         return commands
 

@@ -33,6 +33,8 @@ from fedkeel.train.contract import Task, Trained
 _TASK = struct.Struct("<qqQ")  # slot, client, key
 _RESULT = struct.Struct("<qqdqq")  # slot, steps, loss, kind, bytes of text
 _DONE, _FAILED = 0, 1
+_ARENA_BYTES = 1 << 25  # of rows: small ones are all given out at once
+_QUEUED = 64
 
 can_fork = sys.platform == "linux"
 
@@ -98,13 +100,14 @@ class _Worker:
 class _Arena:
     """Memory that parent and workers share: the global model, the controls, and a ring of slots, a row each."""
 
-    def __init__(self, client: Client, slots: int) -> None:
+    def __init__(self, client: Client, workers: int) -> None:
         layout, rules = client.layout, client.work.corrections
         self.columns, self.width = layout.columns, layout.width
         self.memory = [r.name for r in rules if "memory" in r.definition.traits]
         self.control = [r.name for r in rules if "control" in r.definition.traits]
         head = self.columns * (1 + len(self.control))
         row = self.width + self.columns * len(self.memory)
+        slots = max(2 * workers, min(_QUEUED, _ARENA_BYTES // (4 * max(row, 1))))
         # Anonymous: nothing to name, nothing to leak, and no limit of /dev/shm.
         self._map = mmap.mmap(-1, 4 * (head + slots * row))
         whole = torch.frombuffer(self._map, dtype=torch.float32)
@@ -161,11 +164,14 @@ class Pool:
         free = deque(range(len(arena.rows)))
         running: dict[int, Task] = {}
         while waiting or running:
-            while waiting and free:
+            orders = b""
+            while waiting and free and len(orders) < select.PIPE_BUF - _TASK.size:
                 task, slot = waiting.popleft(), free.popleft()
                 running[slot] = task
                 arena.put(slot, task, self._initial)
-                os.write(self._tasks, _TASK.pack(slot, task.client, task.key.value))
+                orders += _TASK.pack(slot, task.client, task.key.value)
+            if orders:  # in one piece: a worker that wakes up takes the core from the one who gives out the rest
+                os.write(self._tasks, orders)
             slot, outcome = self._receive(running)
             row = arena.rows[slot]
             private = row[arena.columns : arena.width].clone() if arena.width > arena.columns else None
@@ -212,7 +218,7 @@ class Pool:
         raise RunError(f"a training worker {how}{hint} while clients {clients} were in training")
 
     def _start(self) -> _Arena:
-        self._arena = arena = _Arena(self._client, 2 * self._count)
+        self._arena = arena = _Arena(self._client, self._count)
         gc.collect()
         _glibc("malloc_trim", 0)  # what recording left behind would count for every worker
         read, self._tasks = os.pipe()
