@@ -31,7 +31,7 @@ MODES = {
     "pfl": {"mlp": "processes-2-threads-1", "logistic": "processes-2-threads-1", "cnn": "processes-2-threads-1"},
     "blazefl": {"mlp": "thread-pool-2", "logistic": "single-threads-1", "cnn": "thread-pool-2"},
     "fedjax": {"mlp": "jit-threads-1", "logistic": "jit-threads-1", "cnn": "pmap-2-threads-1"},
-    "flwr": {"mlp": "clients-1-threads-1", "logistic": "clients-2-threads-1", "cnn": "clients-2-threads-1"},
+    "flwr": {"mlp": "clients-2-threads-1", "logistic": "clients-2-threads-1", "cnn": "clients-2-threads-1"},
     "loop": {"mlp": "threads-1", "logistic": "threads-1", "cnn": "threads-1"},
     "fedkeel": {"mlp": "auto", "logistic": "auto", "cnn": "auto"},
 }
@@ -168,7 +168,8 @@ def table(found: dict[str, Any]) -> str:
             share = rate / found["peak_gflops"]
             out.append(
                 f"\nfedkeel does {rate:.0f} GFLOP/s here, {share:.0%} of the machine's matrix peak of "
-                f"{found['peak_gflops']:.0f} GFLOP/s."
+                f"{found['peak_gflops']:.0f} GFLOP/s: the matrix products alone would take "
+                f"{FLOP_PER_EXAMPLE[model] * examples / found['peak_gflops'] / 1e9:.4f} s a round at that peak."
             )
     return "\n".join(out)
 

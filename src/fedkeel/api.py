@@ -153,7 +153,16 @@ def report(paths: Sequence[Path | str], out: Path | str | None = None) -> Path:
 
     runs = [RunDir(path) for path in paths]
     target = Path(out) if out else runs[0].report if len(runs) == 1 else Path("report.html")
-    return write(target, [(r.path.name, r.path) for r in runs])
+    return write(target, list(zip(_labels([r.path.absolute() for r in runs]), (r.path for r in runs), strict=True)))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The directories' names, with as many of their parents' as tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(labels)) == len(set(paths)):
+            break
+    return labels
 
 
 class _Record:

@@ -126,6 +126,10 @@ def test_rules_lists_what_exists(fedkeel):
         (["--set", "aggregate.reduce=trimmed_mean"], "needs parameter 'trim'"),
         (["--set", "aggregate.reduce=trimmed_mean(trim=3)"], "needs at least 7 rows, but select.cohort is 6"),
         (["--set", "aggregate.weigh=krum(f=2)"], "needs at least 7 rows, but select.cohort is 6"),
+        (
+            ["--set", "aggregate.weigh=krum(f=1)", "--set", "aggregate.reduce=trimmed_mean(trim=1)"],
+            "needs at least 3 rows, but weigher 'krum(f=1)' leaves 1 of 6",
+        ),
         (["--set", "attack.clients=7", "--set", "attack.rule=nan"], "more than data.clients = 6"),
         (["--set", "attack.clients=2"], "attack.rule is missing"),
         (["--set", "select.cohort=9"], "more than data.clients = 6"),

@@ -30,7 +30,7 @@ def test_the_kinds_of_this_room_have_laws() -> None:
 def broken(kind: str, function: Callable[..., Any], *traits: str, like: str) -> Rule:
     """A rule that is not registered, with the parameters of a registered one."""
     real = definition(kind, like)
-    found = Definition(kind, "broken", function, real.parameters, real.types, real.needs, None, frozenset(traits))
+    found = Definition(kind, "broken", function, real.parameters, real.types, real.needs, None, None, frozenset(traits))
     return Rule(found, dict(testing.sample(kind, like).parameters))
 
 

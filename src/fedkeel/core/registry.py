@@ -51,7 +51,8 @@ class Definition:
     """What is registered: the function, its parameters' types and defaults, and what it needs.
 
     `needs(**parameters) -> int` is the least number of rows (for a partition: examples per client) the rule is
-    defined for. `init` makes the first state of a stateful rule. `traits` name the laws the rule claims beyond those
+    defined for; `leaves(rows, **parameters) -> int` is how many of so many rows it leaves with a weight above 0.
+    `init` makes the first state of a stateful rule. `traits` name the laws the rule claims beyond those
     of its kind.
     """
 
@@ -61,6 +62,7 @@ class Definition:
     parameters: Mapping[str, inspect.Parameter]
     types: Mapping[str, Any]
     needs: Callable[..., int] | None
+    leaves: Callable[..., int] | None
     init: Callable[..., Any] | None
     traits: frozenset[str]
 
@@ -99,6 +101,10 @@ class Rule:
         """The least number of rows this rule is defined for, with these parameters."""
         return 1 if self.definition.needs is None else self.definition.needs(**self.parameters)
 
+    def leaves(self, rows: int) -> int:
+        """How many of so many rows are left for the rules that come after it, with these parameters."""
+        return rows if self.definition.leaves is None else self.definition.leaves(rows, **self.parameters)
+
     def init(self, *args: Any) -> Any:
         """The first state of a stateful rule; an empty state for a stateless one."""
         return {} if self.definition.init is None else self.definition.init(*args, **self.parameters)
@@ -124,6 +130,7 @@ def rule(
     name: str | None = None,
     *,
     needs: Callable[..., int] | None = None,
+    leaves: Callable[..., int] | None = None,
     init: Callable[..., Any] | None = None,
     traits: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -154,7 +161,9 @@ def rule(
             raise RegistrationError(
                 f"attack '{label}' must have one trait of 'rows', 'claims', 'data': what it acts on"
             )
-        _rules[kind][label] = Definition(kind, label, function, parameters, hints, needs, init, frozenset(traits))
+        _rules[kind][label] = Definition(
+            kind, label, function, parameters, hints, needs, leaves, init, frozenset(traits)
+        )
         return function
 
     return register

@@ -41,6 +41,13 @@ class Plan:
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but select.cohort is {self.cohort}: "
                     f"raise the cohort or lower the rule's parameter"
                 )
+        for rule in self.weighers:
+            left = rule.leaves(self.cohort)
+            if self.reducer.needs > left:
+                raise InputError(
+                    f"reducer '{self.reducer!r}' needs at least {self.reducer.needs} rows, but weigher '{rule!r}' "
+                    f"leaves {left} of {self.cohort}: choose one of the two, or the reducer 'mean'"
+                )
         quorum = self.schedule.parameters.get("quorum", 1)
         if quorum > self.cohort:
             raise InputError(f"schedule quorum = {quorum} is above select.cohort = {self.cohort}: no round could close")

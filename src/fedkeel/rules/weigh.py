@@ -32,7 +32,7 @@ def equal(cohort: Cohort, state: ServerState) -> Tensor:
     return torch.ones(len(cohort), dtype=torch.float64)
 
 
-@rule("weigher", needs=lambda f: 2 * f + 3)
+@rule("weigher", needs=lambda f: 2 * f + 3, leaves=lambda rows, f: 1)
 def krum(cohort: Cohort, state: ServerState, *, f: Annotated[int, Field(ge=0)]) -> Tensor:
     """Only the row nearest to its n - f - 2 nearest others counts; withstands `f` hostile rows (Blanchard et al. 2017).
 
@@ -41,7 +41,7 @@ def krum(cohort: Cohort, state: ServerState, *, f: Annotated[int, Field(ge=0)]) 
     return _best(cohort, f, 1, f"krum(f={f})")
 
 
-@rule("weigher", needs=lambda f, m: max(2 * f + 3, m or 1))
+@rule("weigher", needs=lambda f, m: max(2 * f + 3, m or 1), leaves=lambda rows, f, m: m or rows - f)
 def multi_krum(
     cohort: Cohort, state: ServerState, *, f: Annotated[int, Field(ge=0)], m: Annotated[int, Field(ge=1)] | None = None
 ) -> Tensor:

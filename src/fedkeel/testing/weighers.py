@@ -25,6 +25,13 @@ def gives_each_row_a_finite_weight_of_zero_or_more(rule: Rule) -> None:
 
 
 @law("weigher")
+def leaves_at_most_the_rows_that_it_declares(rule: Rule) -> None:
+    for U in _cohorts(rule):
+        left = int((rule(cohort(U), ServerState(torch.zeros(U.shape[1]))) > 0).sum())
+        hold(left <= rule.leaves(len(U)), f"{left} of {len(U)} rows have a weight, it declares {rule.leaves(len(U))}")
+
+
+@law("weigher")
 def follows_rows_into_another_order(rule: Rule) -> None:
     for U in _cohorts(rule):
         state, order = ServerState(torch.zeros(U.shape[1])), torch.randperm(len(U), generator=KEY.torch())
