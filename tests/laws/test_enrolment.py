@@ -97,7 +97,7 @@ def test_a_broken_reducer_is_found(function: Callable[..., Any], words: str) -> 
 
 def test_a_rule_for_which_no_parameters_can_be_made_fails_and_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     real = definition("reducer", "trimmed_mean")
-    odd = Definition("reducer", "odd", real.function, real.parameters, {"trim": bytes}, None, None, frozenset())
+    odd = Definition("reducer", "odd", real.function, real.parameters, {"trim": bytes}, None, None, None, frozenset())
     monkeypatch.setitem(registry._rules["reducer"], "odd", odd)
     with pytest.raises(AssertionError, match="no sample parameters fit trim"):
         testing.sample("reducer", "odd")
