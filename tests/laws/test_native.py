@@ -18,7 +18,7 @@ from train_cases import compiled, tasks_of
 import fedkeel.kernels.native as native_module
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import build
-from fedkeel.kernels import distance, native, order
+from fedkeel.kernels import distance, native, network, order
 from fedkeel.train import ClientData, LocalWork, Scale, make_trainer
 from fedkeel.train.backends import fits
 from fedkeel.train.lower import BASES, LOSSES, Lowered
@@ -307,7 +307,7 @@ def test_a_selection_gives_the_same_bits_as_without_the_kernel(
 def test_a_selection_writes_its_own_columns_only(instruction_set: native.Library) -> None:
     U, (out, whole) = torch.randn(5, 300), guarded(300)
     rows = [U[i].data_ptr() for i in range(5)]
-    order._compiled(instruction_set, rows, 2, out)
+    order._compiled(instruction_set, rows, network.plan(5, 2), 0, out)
     torch.testing.assert_close(out, U.median(0).values, rtol=0, atol=0)
     assert bool((whole[:32] == 12345).all())
     assert bool((whole[-32:] == 12345).all())

@@ -42,7 +42,7 @@ def make_layout(columns: int = 3) -> Layout:
 
 def make_server(plan: Plan, layout: Layout | None = None) -> Server:
     layout = layout or make_layout()
-    return Server(plan, layout, ServerState(torch.zeros(layout.columns)))
+    return Server(plan, layout, ServerState(torch.zeros(layout.columns)), Key.root(0))
 
 
 def make_coordinator(plan: Plan, clients: Sequence[str], rounds: int = 3, layout: Layout | None = None) -> Coordinator:

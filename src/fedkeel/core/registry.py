@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "check": ("(update, door) -> reason or None", "fedkeel.rules.check"),
     "screen": ("(cohort, state) -> {row: (reason, score)}", "fedkeel.rules.screen"),
     "weigher": ("(cohort, state) -> (n,)", "fedkeel.rules.weigh"),
-    "mixer": ("(U, w) -> (U, w)", "fedkeel.rules.mix"),
+    "mixer": ("(U, w, key) -> (U, w)", "fedkeel.rules.mix"),
     "reducer": ("(U, w) -> (P,)", "fedkeel.rules.reduce"),
     "server_optimiser": ("(theta, d, s) -> (theta, s)", "fedkeel.rules.server_opt"),
     "attack": ("(U, bad, keys) -> rows (f, P), with trait rows; or on claims, data", "fedkeel.rules.attack"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,23 @@ def weighted_sum(U: Tensor, w: Tensor) -> Tensor:
             for run in runs:
                 total += w[run] @ U[run, part]
             out[part] = total
+
+    blocks.share(U.shape[1], _COLUMNS if U.device.type == "cpu" else max(U.shape[1], 1), work)
+    return out
+
+
+def mixed(U: Tensor, M: Tensor, rows: Sequence[int]) -> Tensor:
+    """M @ U[rows]: coefficients M (m, k) float64 of the k picked rows -> (m, P), of U's dtype.
+
+    Rows that are not picked are not read. Products and sums are of U's own precision.
+    """
+    picked = list(rows) != list(range(U.shape[0]))
+    M = M.to(U.device, U.dtype)
+    out = torch.empty(M.shape[0], U.shape[1], dtype=U.dtype, device=U.device)
+
+    def work(parts: Iterator[slice]) -> None:
+        for part in parts:
+            torch.mm(M, U[list(rows), part] if picked else U[:, part], out=out[:, part])
 
     blocks.share(U.shape[1], _COLUMNS if U.device.type == "cpu" else max(U.shape[1], 1), work)
     return out

@@ -91,6 +91,19 @@ def gram(
     return _sum_over_columns(U, n, work)
 
 
+def gram_about(U: Tensor, origin: int, rows: Sequence[int] | None = None) -> Tensor:
+    """Inner products of the picked rows less row `origin` of them, each right to 1e-7 of its two rows' lengths.
+
+    From float32 products where these neither overflow nor vanish, else from float64 ones.
+    """
+    if U.dtype == torch.float32:
+        G = gram(U, origin, rows, torch.float32)
+        others = torch.arange(len(G), device=G.device) != origin
+        if bool(torch.isfinite(G).all() and (G.diagonal()[others] > _FAINT).all()):
+            return G
+    return gram(U, origin, rows)
+
+
 def _compiled_gram(library: native.Library, U: Tensor, rows: Sequence[int], origin: int | None) -> Tensor:
     addresses = np.array([U[i].data_ptr() for i in rows], np.uintp)
     n, place = len(addresses), -1 if origin is None else origin

@@ -53,6 +53,12 @@ def plan(n: int, trim: int) -> Plan:
     return _allocate(n, *min(_candidates(n, trim), key=lambda found: sum(map(len, found[0]))))
 
 
+@lru_cache(maxsize=64)
+def sorter(n: int) -> Plan:
+    """The program that sorts n values: `kept` are the registers of ranks 0, 1, ..., in this order."""
+    return _allocate(n, [[i, j, i, j] for i, j in pairwise(n)], tuple(range(n)))
+
+
 def pairwise(n: int, low: int = 0) -> list[Comparator]:
     """The pairwise sorting network (Parberry 1992) for n values: wire k ends with rank k.
 

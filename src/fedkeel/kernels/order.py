@@ -28,30 +28,45 @@ def trimmed_mean(U: Tensor, trim: int, rows: Sequence[int] | None = None) -> Ten
     picked = list(range(U.shape[0])) if rows is None else list(rows)
     if len(picked) <= 2 * trim:
         raise ValueError(f"{len(picked)} rows leave nothing to average when {trim} are trimmed at each end")
+    return _statistic(U, picked, trim, 0)
+
+
+def mean_around_median(U: Tensor, keep: int, rows: Sequence[int] | None = None) -> Tensor:
+    """Per column, the mean of the `keep` values nearest to the median; all else as `trimmed_mean`.
+
+    Sorted, the values kept are a window x_i .. x_(i+keep-1): it moves on from x_j to x_(j+keep) as long as that one is
+    nearer to the median. Of two that are as near, the smaller stays.
+    """
+    picked = list(range(U.shape[0])) if rows is None else list(rows)
+    if not 1 <= keep <= len(picked):
+        raise ValueError(f"{keep} of {len(picked)} rows can not be kept")
+    if keep == len(picked):
+        return _statistic(U, picked, 0, 0)
+    return _statistic(U, picked, 0, keep)
+
+
+def _statistic(U: Tensor, picked: list[int], trim: int, keep: int) -> Tensor:
+    """The trimmed mean, or where `keep` is not 0 the mean of so many values around the median."""
     U, out = U.detach(), torch.empty(U.shape[1], dtype=U.dtype, device=U.device)
-    compiled = native.library()
-    if (
-        U.device.type == "cpu"
-        and U.dtype == torch.float32
-        and U.stride(1) == 1
-        and len(picked) <= NETWORK_ROWS
-        and not isinstance(compiled, str)
-    ):
-        _compiled(compiled, [U[i].data_ptr() for i in picked], trim, out)
-    elif U.device.type == "cpu" and U.dtype in (torch.float32, torch.float64):
-        _on_cpu([U[i].numpy() for i in picked], trim, out.numpy())
+    n, compiled = len(picked), native.library()
+    plan = None
+    if n <= NETWORK_ROWS:
+        plan = network.sorter(n) if keep else network.plan(n, trim)
+    if U.device.type != "cpu" or U.dtype not in (torch.float32, torch.float64):
+        _on_device(U, picked, plan, trim, keep, out)
+    elif plan and U.dtype == torch.float32 and U.stride(1) == 1 and not isinstance(compiled, str):
+        _compiled(compiled, [U[i].data_ptr() for i in picked], plan, keep, out)
     else:
-        _on_device(U, picked, trim, out)
+        _on_cpu([U[i].numpy() for i in picked], plan, trim, keep, out.numpy())
     return out
 
 
-def _compiled(library: native.Library, rows: list[int], trim: int, out: Tensor) -> None:
+def _compiled(library: native.Library, rows: list[int], plan: network.Plan, keep: int, out: Tensor) -> None:
     """By the compiled kernel: rows by their addresses."""
-    chosen = network.plan(len(rows), trim)
-    addresses, steps = np.array(rows, np.uintp), np.array(chosen.comparators, np.int32)
-    kept = np.array(chosen.kept, np.int32)
+    addresses, steps = np.array(rows, np.uintp), np.array(plan.comparators, np.int32)
+    kept = np.array(plan.kept, np.int32)
     places = (steps.ctypes.data, kept.ctypes.data, out.data_ptr())
-    described = np.array([len(rows), len(steps), chosen.scratch, len(kept), *places], np.int64)
+    described = np.array([len(rows), len(steps), plan.scratch, len(kept), keep, *places], np.int64)
 
     def work(parts: Iterator[slice]) -> None:
         for part in parts:
@@ -61,38 +76,38 @@ def _compiled(library: native.Library, rows: list[int], trim: int, out: Tensor) 
     blocks.share(out.numel(), _COMPILED_COLUMNS, work)
 
 
-def _on_cpu(rows: list[NDArray[Any]], trim: int, out: NDArray[Any]) -> None:
+def _on_cpu(rows: list[NDArray[Any]], plan: network.Plan | None, trim: int, keep: int, out: NDArray[Any]) -> None:
     """numpy: its calls cost a third of torch's here, and it lets go of the interpreter lock."""
     n, columns = len(rows), out.size
-    chosen = network.plan(n, trim) if n <= NETWORK_ROWS else None
     size = min(max(_BLOCK_BYTES // (out.itemsize * n), 1 << 13), 1 << 15, max(columns, 1))
 
     def work(parts: Iterator[slice]) -> None:
-        scratch = np.empty((chosen.scratch if chosen else 0, size), out.dtype)
+        scratch = np.empty((plan.scratch if plan else 0, size), out.dtype)
         total = np.empty(size, np.float64)
         for part in parts:
             block = [row[part] for row in rows]
-            if chosen is None:
-                out[part] = _sorted_mean(np.stack(block), trim)
+            if plan is None:
+                out[part] = _sorted_mean(np.stack(block), trim, keep)
+                continue
+            kept = _run(plan, block, scratch)
+            if keep:
+                out[part] = _around([torch.from_numpy(value) for value in kept], keep).numpy()
             else:
-                _run(chosen, block, scratch, total, out[part])
+                _mean_of(kept, total, out[part])
 
     blocks.share(columns, size, work)
 
 
-def _run(
-    chosen: network.Plan,
-    block: list[NDArray[Any]],
-    scratch: NDArray[Any],
-    total: NDArray[np.float64],
-    out: NDArray[Any],
-) -> None:
-    """One block of columns through the network."""
-    registers = block + list(scratch[:, : out.size])
+def _run(plan: network.Plan, block: list[NDArray[Any]], scratch: NDArray[Any]) -> list[NDArray[Any]]:
+    """One block of columns through the network: the registers that it keeps."""
+    registers = block + list(scratch[:, : block[0].size])
     minimum, maximum = np.minimum, np.maximum
-    for is_max, a, b, target in chosen.steps:
+    for is_max, a, b, target in plan.steps:
         (maximum if is_max else minimum)(registers[a], registers[b], out=registers[target])
-    kept = [registers[k] for k in chosen.kept]
+    return [registers[k] for k in plan.kept]
+
+
+def _mean_of(kept: list[NDArray[Any]], total: NDArray[np.float64], out: NDArray[Any]) -> None:
     if len(kept) == 1:
         np.copyto(out, kept[0])
         return
@@ -104,28 +119,48 @@ def _run(
     np.copyto(out, total, casting="same_kind")
 
 
-def _sorted_mean(block: NDArray[Any], trim: int) -> NDArray[Any]:
+def _around(ordered: Sequence[Tensor], keep: int) -> Tensor:
+    """The mean of the `keep` values nearest to the median, of values in order."""
+    n = len(ordered)
+    middle = ordered[n // 2] if n % 2 else 0.5 * ordered[n // 2 - 1] + 0.5 * ordered[n // 2]
+    kept = list(ordered[:keep])
+    for j in range(n - keep):
+        later = ordered[j + keep]
+        kept[j % keep] = torch.where(middle - ordered[j] > later - middle, later, kept[j % keep])
+    total = kept[0].to(torch.float64)
+    for value in kept[1:]:
+        total = total + value
+    return (total * (1 / keep)).to(middle.dtype)
+
+
+def _sorted_mean(block: NDArray[Any], trim: int, keep: int) -> NDArray[Any]:
     """Many rows: sort each column. A NaN counts as the largest value, so it is looked for."""
     values: NDArray[Any] = torch.from_numpy(block).T.contiguous().numpy()  # by tiles: three times as fast as numpy's
     values.sort(axis=1)
-    mean: NDArray[Any] = values[:, trim : values.shape[1] - trim].mean(axis=1, dtype=np.float64)
+    if keep:
+        mean: NDArray[Any] = _around(torch.from_numpy(values).unbind(1), keep).numpy()
+    else:
+        mean = values[:, trim : values.shape[1] - trim].mean(axis=1, dtype=np.float64)
     return np.where(np.isnan(values[:, -1]), np.nan, mean)
 
 
-def _on_device(U: Tensor, rows: list[int], trim: int, out: Tensor) -> None:
+def _on_device(U: Tensor, rows: list[int], plan: network.Plan | None, trim: int, keep: int, out: Tensor) -> None:
     n = len(rows)
-    chosen = network.plan(n, trim) if n <= NETWORK_ROWS else None
     for part in blocks.spans(slice(0, out.numel()), _DEVICE_COLUMNS):
-        if chosen is None:
+        if plan is None:
             ordered = U[rows, part].sort(dim=0).values
-            mean = ordered[trim : n - trim].mean(0, dtype=torch.float64)
+            mean = _around(list(ordered), keep) if keep else ordered[trim : n - trim].mean(0, dtype=torch.float64)
             out[part] = torch.where(ordered[-1].isnan(), torch.nan, mean)
             continue
         registers = [U[i, part] for i in rows]
-        registers += list(torch.empty(chosen.scratch, registers[0].numel(), dtype=U.dtype, device=U.device))
-        for is_max, a, b, target in chosen.steps:
+        registers += list(torch.empty(plan.scratch, registers[0].numel(), dtype=U.dtype, device=U.device))
+        for is_max, a, b, target in plan.steps:
             (torch.maximum if is_max else torch.minimum)(registers[a], registers[b], out=registers[target])
-        total = registers[chosen.kept[0]].to(torch.float64)
-        for k in chosen.kept[1:]:
-            total += registers[k]
-        out[part] = total / len(chosen.kept)
+        kept = [registers[k] for k in plan.kept]
+        if keep:
+            out[part] = _around(kept, keep)
+            continue
+        total = kept[0].to(torch.float64)
+        for value in kept[1:]:
+            total += value
+        out[part] = total / len(kept)

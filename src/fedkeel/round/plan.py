@@ -35,22 +35,31 @@ class Plan:
     def __post_init__(self) -> None:
         if self.cohort < 1:
             raise InputError(f"select.cohort = {self.cohort}: at least one client must take part in a round")
-        for rule in (*self.weighers, self.reducer):
+        for rule in (*self.screens, *self.weighers, *self.mixers, self.reducer):
             if rule.needs > self.cohort:
                 raise InputError(
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but select.cohort is {self.cohort}: "
                     f"raise the cohort or lower the rule's parameter"
                 )
-        for rule in self.weighers:
-            left = rule.leaves(self.cohort)
-            if self.reducer.needs > left:
-                raise InputError(
-                    f"reducer '{self.reducer!r}' needs at least {self.reducer.needs} rows, but weigher '{rule!r}' "
-                    f"leaves {left} of {self.cohort}: choose one of the two, or the reducer 'mean'"
-                )
+        self._check_what_is_left()
         quorum = self.schedule.parameters.get("quorum", 1)
         if quorum > self.cohort:
             raise InputError(f"schedule quorum = {quorum} is above select.cohort = {self.cohort}: no round could close")
+
+    def _check_what_is_left(self) -> None:
+        """Refuse a rule that needs more rows than those before it leave."""
+        left, by = self.cohort, ""
+        for rule in self.weighers:  # all of them see the whole cohort
+            if rule.leaves(self.cohort) < left:
+                left, by = rule.leaves(self.cohort), f"{rule.kind} '{rule!r}'"
+        for rule in (*self.mixers, self.reducer):
+            if rule.needs > left:
+                raise InputError(
+                    f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but {by} "
+                    f"leaves {left} of {self.cohort}: choose one of the two, or the reducer 'mean'"
+                )
+            if rule.leaves(left) < left:
+                left, by = rule.leaves(left), f"{rule.kind} '{rule!r}'"
 
     def streams(self, columns: int) -> bool:
         """Whether this plan sums rows as they come: a mean by per-row weights, too large to be worth keeping."""

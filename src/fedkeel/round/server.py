@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.core.errors import CohortError, DecodeError
+from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
 from fedkeel.core.types import ClientRow, Cohort, Door, Refusal, RoundReport, ServerState, Update
@@ -44,11 +45,13 @@ class _Outcome:
 class Server:
     """`expect` what was given out, `offer` what comes in, `close` the round. Every message ends in one report.
 
-    A refusal is returned and recorded, never raised: one bad client can not stop a round.
+    A refusal is returned and recorded, never raised: one bad client can not stop a round. `key` is the federation's:
+    mixers draw from it.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, state: ServerState) -> None:
+    def __init__(self, plan: Plan, layout: Layout, state: ServerState, key: Key) -> None:
         self.plan = plan
+        self._key = key
         self.layout = layout
         self.state = state.replace(opt=state.opt or plan.optimiser.init(state.theta[layout.params]))
         self._codec, self._codec_name = plan.codec(), repr(plan.codec)
@@ -250,7 +253,7 @@ class Server:
         shares = weights / _sum_of(weights)
         mixed, mixed_weights = cohort.U, weights
         for rule in self.plan.mixers:
-            mixed, mixed_weights = rule(mixed, mixed_weights)
+            mixed, mixed_weights = rule(mixed, mixed_weights, self._key.fold("mix", rule.name, self.state.round))
         direction = self.plan.reducer(mixed, mixed_weights)
         if direction.shape != self.state.theta.shape:
             raise CohortError(f"reducer '{self.plan.reducer!r}' gave shape {tuple(direction.shape)}, not (P,)")

@@ -1,1 +1,111 @@
-"""Mixers: rows into fewer or tamer rows before the reducer, `(U, w) -> (U, w)`. None is built in yet."""
+"""Mixers: what is done to the rows between their weighing and their reduction, `(U (n, P), w (n,), key) -> (V, v)`.
+
+V has m <= n rows, v their weights. A row of weight 0 has no influence, and need not be among V. Whatever a mixer draws
+comes from the key, which is the round's own. Inputs are left as they are; V may be U itself where nothing is changed.
+Trait "keeps_mean": the weighted mean of V by v is that of U by w.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedkeel.core.errors import CohortError
+from fedkeel.core.keys import Key
+from fedkeel.core.registry import rule
+from fedkeel.kernels import combine, distance, neighbours
+
+Hostile = Annotated[int, Field(ge=0)]
+
+
+@rule("mixer", needs=lambda f: 2 * f + 1)
+def nnm(U: Tensor, w: Tensor, key: Key, *, f: Hostile) -> tuple[Tensor, Tensor]:
+    """Each row becomes the mean of the n - f rows nearest to it, itself among them: nearest-neighbour mixing.
+
+    Allouah et al. 2023 (Fixing by mixing, algorithm 2): it makes trimmed_mean, median, krum and geometric_median
+    optimal under heterogeneous data. Rows keep their weights. Holds a second matrix (n, P). Raises `CohortError` with
+    fewer than 2 f + 1 rows of weight above 0, or rows that are not finite.
+    """
+    rows = _used(w, 2 * f + 1, f"nnm(f={f})")
+    D = distance.sq_distances(U, rows).cpu()
+    if not bool(torch.isfinite(D).all()):
+        raise CohortError("nnm met a row that is not finite: put the check 'finite' before it")
+    near = neighbours.nearest(D, len(rows) - f)
+    M = torch.zeros(len(rows), len(rows), dtype=torch.float64).scatter_(1, near, 1 / near.shape[1])
+    return combine.mixed(U, M, rows), w[rows]
+
+
+@rule("mixer", leaves=lambda rows, size: -(-rows // size), traits=("keeps_mean",))
+def bucketing(U: Tensor, w: Tensor, key: Key, *, size: Annotated[int, Field(ge=1)] = 2) -> tuple[Tensor, Tensor]:
+    """Buckets of `size` rows are drawn at random, and each becomes its weighted mean (Karimireddy et al. 2022).
+
+    A bucket weighs what its rows weigh together, so the mean stays. A hostile row spoils its bucket: allow for f
+    hostile buckets of n / size. Holds a second matrix (n / size, P).
+    """
+    rows = _used(w, 1, f"bucketing(size={size})")
+    order = torch.randperm(len(rows), generator=key.torch())
+    buckets = torch.split(order, size)
+    M = torch.zeros(len(buckets), len(rows), dtype=torch.float64)
+    counts = w[rows].to("cpu", torch.float64)
+    for i, bucket in enumerate(buckets):
+        M[i, bucket] = counts[bucket] / counts[bucket].sum()
+    together = torch.stack([counts[bucket].sum() for bucket in buckets])
+    return combine.mixed(U, M, rows), together.to(w)
+
+
+@rule("mixer")
+def norm_cap(
+    U: Tensor, w: Tensor, key: Key, *, norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale rows longer than `norm` (L2) down to it; by default to the median norm of the rows.
+
+    Sun et al. 2019 (norm thresholding); the median as in FLAME (Nguyen et al. 2022). Holds a second matrix (n, P) where
+    a row is scaled.
+    """
+    rows = _used(w, 1, "norm_cap")
+    lengths = _lengths(U, rows)
+    limit = float(lengths.median()) if norm is None else norm
+    return _capped(U, rows, lengths, limit), w
+
+
+@rule("mixer", needs=lambda f: 2 * f + 1)
+def arc(U: Tensor, w: Tensor, key: Key, *, f: Hostile) -> tuple[Tensor, Tensor]:
+    """Scale the floor(2 f (n - f) / n) longest rows down to the next one's norm: adaptive robust clipping.
+
+    Allouah et al. 2025 (algorithm 2): unlike a fixed bound it keeps the guarantee of the robust rule that follows.
+    Holds a second matrix (n, P) where a row is scaled. Raises `CohortError` with fewer than 2 f + 1 rows of weight
+    above 0.
+    """
+    rows = _used(w, 2 * f + 1, f"arc(f={f})")
+    lengths = _lengths(U, rows)
+    cut = 2 * f * (len(rows) - f) // len(rows)
+    limit = float(lengths.sort(descending=True).values[cut])
+    return _capped(U, rows, lengths, limit), w
+
+
+def _used(w: Tensor, needed: int, name: str) -> list[int]:
+    """The rows of weight above 0. Raises `CohortError` when they are fewer than `needed`."""
+    rows: list[int] = torch.nonzero(w).flatten().tolist()
+    if len(rows) < needed:
+        raise CohortError(f"{name} needs {needed} rows of weight above 0, not {len(rows)}")
+    return rows
+
+
+def _lengths(U: Tensor, rows: list[int]) -> Tensor:
+    """The norms of the picked rows, float64; a row that is not finite is infinitely long."""
+    lengths = [math.sqrt(distance.sq_norm(U[i])) for i in rows]
+    return torch.tensor(lengths, dtype=torch.float64).nan_to_num(nan=torch.inf)
+
+
+def _capped(U: Tensor, rows: list[int], lengths: Tensor, limit: float) -> Tensor:
+    long = [(row, length) for row, length in zip(rows, lengths.tolist(), strict=True) if length > limit]
+    if not long:
+        return U
+    V = U.clone()
+    for row, length in long:
+        V[row] *= limit / length if math.isfinite(length) else math.nan
+    return V

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedkeel.core.errors import CohortError
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Cohort, ServerState
+from fedkeel.kernels import neighbours
 
 
 @rule("weigher", traits=("per_row",))
@@ -63,9 +64,8 @@ def _best(cohort: Cohort, f: int, m: int, name: str) -> Tensor:
     needed = max(2 * f + 3, m)
     if n < needed:
         raise CohortError(f"{name} needs {needed} rows, not {n}")
-    D = cohort.sq_distances.nan_to_num(nan=torch.inf).cpu()
-    nearest = D.masked_fill(torch.eye(n, dtype=torch.bool), torch.inf).sort(dim=1).values
-    scores = nearest[:, : n - f - 2].sum(dim=1).tolist()
+    D = cohort.sq_distances.cpu()
+    scores = neighbours.krum_scores(D, f).tolist()
     ranked = sorted(range(n), key=lambda i: (scores[i], cohort.client[i]))[:m]
     if scores[ranked[-1]] == torch.inf:
         raise CohortError(f"{name} met too many rows that are not finite: put the check 'finite' before it")

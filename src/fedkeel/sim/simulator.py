@@ -64,7 +64,7 @@ class Simulator:
         self.memory = memory
         self.recorder = recorder
         record = federation.job.record
-        self.server = Server(federation.plan, federation.layout, state)
+        self.server = Server(federation.plan, federation.layout, state, federation.key)
         self.coordinator = Coordinator(
             federation.plan,
             self.server,

@@ -5,7 +5,7 @@ of a kind, or of the rules of a kind that claim a trait. `@law(kind)` and `@law(
 hold those of one kind each.
 """
 
-from fedkeel.testing import attacks, reducers, row_transforms, server_optimisers, weighers
+from fedkeel.testing import attacks, mixers, reducers, row_transforms, screens, server_optimisers, weighers
 from fedkeel.testing.harness import LAWS, Law, check, cohort, hold, law, laws, near, repeatable, rows, same, sample
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "hold",
     "law",
     "laws",
+    "mixers",
     "near",
     "reducers",
     "repeatable",
@@ -24,6 +25,7 @@ __all__ = [
     "rows",
     "same",
     "sample",
+    "screens",
     "server_optimisers",
     "weighers",
 ]

@@ -64,9 +64,11 @@ enum {
 
 /* A selection network over columns, as kernels/network.py plans it: steps of four numbers, (a, b, low, high), put the
    smaller of registers a and b into low and the larger into high, where these are not -1; the result is the mean, summed
-   in double, of the registers `kept`. Registers are the rows, then working rows. A column that holds a NaN gives NaN. */
+   in double, of the registers `kept`. Registers are the rows, then working rows. Where `around` is not 0, the registers
+   `kept` hold all values in order, and the result is the mean of the `around` ones nearest to the median. A column that
+   holds a NaN gives NaN. */
 typedef struct {
-    int64_t rows, count, scratch, keeps;
+    int64_t rows, count, scratch, keeps, around;
     const int32_t *steps, *kept;
     float *out;
 } network;
@@ -76,6 +78,7 @@ typedef struct {
 #ifndef AHEAD
 #define AHEAD (2 * WIDTH) /* columns that are fetched early, into the second cache */
 #endif
+#define MAX_ROWS 128 /* of a network: order.py sorts where there are more */
 #define RUN 512 /* columns of one product in float: its rounding stays below 1e-7 of the sum */
 #define IGNORED (-100) /* torch's ignore_index */
 
@@ -153,7 +156,7 @@ static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512, select_av
 #define EXPORT __attribute__((visibility("default")))
 
 /* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
-EXPORT int fedkeel_abi(void) { return 4; }
+EXPORT int fedkeel_abi(void) { return 5; }
 
 /* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
    is not there. */

@@ -46,6 +46,23 @@ INLINE vec NAME(choose)(ints first, vec x, vec y) { return (vec)(((ints)x & firs
 #endif
 #define GROUP 4 /* vectors */
 
+/* V columns of the mean of the `around` values nearest to the median, of values in order (order.py, _around). */
+INLINE vec NAME(around)(const network *net, const float **registers, int64_t at) {
+    const int64_t n = net->keeps, keep = net->around;
+    vec kept[MAX_ROWS];
+    for (int64_t j = 0; j < keep; j++) kept[j] = LOAD(registers[net->kept[j]] + at);
+    const vec upper = LOAD(registers[net->kept[n / 2]] + at), lower = LOAD(registers[net->kept[(n - 1) / 2]] + at);
+    const vec middle = n % 2 ? upper : 0.5f * lower + 0.5f * upper;
+    for (int64_t j = 0; j < n - keep; j++) {
+        const vec value = LOAD(registers[net->kept[j]] + at), later = LOAD(registers[net->kept[j + keep]] + at);
+        const ints nearer = middle - value > later - middle;
+        kept[j % keep] = (vec)(((ints)later & nearer) | ((ints)kept[j % keep] & ~nearer));
+    }
+    doubles sum = __builtin_convertvector(kept[0], doubles);
+    for (int64_t j = 1; j < keep; j++) sum += __builtin_convertvector(kept[j], doubles);
+    return __builtin_convertvector(sum * (1.0 / (double)keep), vec);
+}
+
 /* WIDTH columns through a network: `registers` are the rows, then working rows. */
 static void NAME(select_block)(const network *net, const float **registers, int64_t ahead, float *out) {
     LANES_OF bad[WIDTH / V]; /* where a row holds a NaN: minima and maxima would lose it */
@@ -86,6 +103,10 @@ static void NAME(select_block)(const network *net, const float **registers, int6
                 STORE(high + j, MAXIMUM(x, y));
             }
         }
+    }
+    if (net->around) {
+        for (int64_t j = 0; j < WIDTH; j += V) STORE(out + j, SPOIL(NAME(around)(net, registers, j), bad[j / V]));
+        return;
     }
     const double share = 1.0 / (double)net->keeps;
     const int32_t *kept = net->kept;
