@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from fedkeel.core.types import ServerState as ServerState
     from fedkeel.core.types import Update as Update
     from fedkeel.core.types import View as View
+    from fedkeel.probing import Cell as Cell
+    from fedkeel.probing import Probe as Probe
+    from fedkeel.probing import probe as probe
     from fedkeel.sim.pool import Pool as Pool
     from fedkeel.sim.pool import Split as Split
 
@@ -62,6 +65,7 @@ _HOMES = {
     "fedkeel.core.layout": ("Layout",),
     "fedkeel.core.registry": ("RegistrationError", "Rule", "build", "names", "parse", "rule"),
     "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Refusal", "ServerState", "Update", "View"),
+    "fedkeel.probing": ("Cell", "Probe", "probe"),
     "fedkeel.sim.pool": ("Pool", "Split"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -183,6 +183,55 @@ def compare(
 
 
 @app.command()
+def probe(
+    job: Annotated[Path, typer.Argument(help="The job file.")],
+    hostile: Annotated[int, typer.Option(help="How many of the clients are hostile.")],
+    attack: Annotated[
+        list[str] | None, typer.Option("--attack", help="An attack, as alie; repeatable. Fourteen when left out.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs per cell, at seeds job.seed, +1, ...")] = 1,
+    tolerance: Annotated[float, typer.Option(help="How far below the clean plain mean a defence still holds.")] = 0.02,
+    settings: Settings = None,
+    plugin: Plugins = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write, or go on; runs/NAME-probe when left out.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a job under many attacks and behind many defences: which hold, bend or break."""
+    from fedkeel.probing import ATTACKS
+    from fedkeel.probing import probe as run_probe
+    from fedkeel.watch import comparing, grid
+
+    built = _job(job, settings, plugin)
+    with (
+        _quiet(as_json),
+        _interruptible("fedkeel probe with the same arguments"),
+        comparing(_err, built.rounds) as watch,
+    ):
+        found = run_probe(
+            built,
+            hostile=hostile,
+            attacks=attack or ATTACKS,
+            seeds=seeds,
+            tolerance=tolerance,
+            out=out,
+            watch=watch,
+        )
+    if as_json:
+        result = {"clean": found.clean, "best": found.best, "cells": found.table, "left_out": found.left_out}
+        _out.print_json(json.dumps(result | {"csv": str(found.csv), "report": str(found.report)}))
+        return
+    _out.print(grid(found))
+    worst = found.worst(found.best)
+    _out.print(
+        f"best worst case: {escape(found.best)}, {100 * worst.mean:.1f}% under {escape(worst.attack)}; "
+        f"the plain mean without attack: {100 * found.clean:.1f}%"
+    )
+    _out.print(f"table: {escape(str(found.csv))}\nreport: {escape(str(found.report))}")
+
+
+@app.command()
 def demo(out: Out = None, settings: Settings = None) -> None:
     """A federation of 50 clients, ten of them hostile, three ways; under a minute."""
     from fedkeel import demo as demonstration

@@ -50,10 +50,10 @@ class Comparison:
             {
                 "variant": v.label,
                 "seeds": len(v.values),
-                "mean": _known(v.mean),
-                "low": _known(v.low),
-                "high": _known(v.high),
-                "values": [_known(x) for x in v.values],
+                "mean": known(v.mean),
+                "low": known(v.low),
+                "high": known(v.high),
+                "values": [known(x) for x in v.values],
             }
             for v in self.variants
         ]
@@ -92,9 +92,9 @@ def compare(
         label = ", ".join(settings.values()) or job.name
         done = []
         for one in jobs:
-            place = root / _folder(settings) / f"seed-{one.seed}"
-            tell = _teller(watch, label, one.seed)
-            done.append(_run_or_resume(one, place, tell))
+            place = root / folder(settings) / f"seed-{one.seed}"
+            tell = teller(watch, label, one.seed)
+            done.append(run_or_resume(one, place, tell))
         found.append(_summary(label, settings, done, metric))
     table = root / "comparison.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
@@ -111,7 +111,7 @@ def compare(
     return Comparison(metric, tuple(found), table, page)
 
 
-def _known(value: float) -> float | None:
+def known(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
 
@@ -131,7 +131,7 @@ def _jobs(job: Job, settings: Mapping[str, str], seeds: int) -> list[Job]:
     return [varied.with_settings([f"seed={job.seed + s}"]) for s in range(seeds)]
 
 
-def _run_or_resume(job: Job, place: Path, watch: Watcher) -> Run:
+def run_or_resume(job: Job, place: Path, watch: Watcher) -> Run:
     if not (place / "job.toml").is_file():
         return run(job, place, watch=watch, with_report=False)
     kept = Run(place).job
@@ -158,7 +158,7 @@ def _summary(label: str, settings: Mapping[str, str], runs: Sequence[Run], metri
         )
     bounds = (0.0, 1.0) if metric == "accuracy" else (-math.inf, math.inf)
     spread = {
-        r: _interval(v, *bounds) if len(runs) > 1 else alone[r]
+        r: interval(v, *bounds) if len(runs) > 1 else alone[r]
         for r, v in sorted(by_round.items())
         if len(v) == len(runs)
     }
@@ -168,7 +168,7 @@ def _summary(label: str, settings: Mapping[str, str], runs: Sequence[Run], metri
     return Variant(label, dict(settings), tuple(by_round[last]), *spread[last], curve, paths)
 
 
-def _interval(values: Sequence[float], least: float, most: float) -> tuple[float, float, float]:
+def interval(values: Sequence[float], least: float, most: float) -> tuple[float, float, float]:
     """Mean and its 95% interval over seeds (Student's t), kept where the metric can be."""
     from scipy.stats import t
 
@@ -179,14 +179,14 @@ def _interval(values: Sequence[float], least: float, most: float) -> tuple[float
     return (mean, max(least, mean - half), min(most, mean + half)) if math.isfinite(mean) else (mean, mean, mean)
 
 
-def _folder(settings: Mapping[str, str]) -> str:
+def folder(settings: Mapping[str, str]) -> str:
     """A readable directory name, with a digest so that two variants never share one."""
     text = "_".join(settings.values()) or "job"
     readable = "".join(c if c.isalnum() or c in "._-=" else "-" for c in text).strip("-.")[:80]
     return f"{readable}-{hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:6]}"
 
 
-def _teller(watch: Callable[[str, int, Progress], None] | None, label: str, seed: int) -> Watcher:
+def teller(watch: Callable[[str, int, Progress], None] | None, label: str, seed: int) -> Watcher:
     def tell(progress: Progress) -> None:
         if watch is not None:
             watch(label, seed, progress)

@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from fedkeel import api
     from fedkeel.comparison import Comparison
+    from fedkeel.probing import Probe
 
 LINES = 10
 """How many lines a run prints where no terminal shows a bar."""
@@ -89,6 +90,21 @@ def _interval(mean: float, low: float, high: float) -> tuple[str, str, str]:
     if not math.isfinite(mean):
         return "diverged", "", ""
     return f"{mean:.4f}", f"{low:.4f}", f"{high:.4f}"
+
+
+def grid(found: Probe) -> Table:
+    """Final accuracy of every defence under every attack, by colour of verdict."""
+    colours = {"holds": "green", "bends": "yellow", "breaks": "red"}
+    shown = Table(title=f"final accuracy in percent, {found.hostile} clients hostile")
+    shown.add_column("defence")
+    for attack in found.attacks:
+        shown.add_column(escape(attack), justify="right")
+    for defence in found.defences:
+        cells = [found.cell(attack, defence) for attack in found.attacks]
+        figures = [f"{100 * c.mean:.1f}" if math.isfinite(c.mean) else "-" for c in cells]
+        coloured = [f"[{colours[c.verdict]}]{text}[/]" for c, text in zip(cells, figures, strict=True)]
+        shown.add_row(escape(defence), *coloured)
+    return shown
 
 
 def table(found: Comparison) -> Table:

@@ -200,3 +200,43 @@ def test_help_comes_without_torch_and_usage_errors_exit_with_two():
     assert "resume" in done.stdout
     done = subprocess.run([sys.executable, "-m", "fedkeel", "run"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
+
+
+def test_probe_gives_a_verdict_for_every_attack_and_defence_and_can_be_called_again(fedkeel):
+    fedkeel("new", "job")
+    arguments = ("probe", "job.toml", *sets(), "--hostile", "1", "--attack", "gaussian", "--attack", "nan")
+    code, out, err = fedkeel(*arguments, "--out", "probe")
+    assert code == 0, err
+    assert "plain mean" in out
+    assert "best worst case" in out
+    rows = list(csv.DictReader(Path("probe/probe.csv").read_text().splitlines()))
+    assert {row["attack"] for row in rows} == {"no attack", "gaussian", "nan"}
+    found = {(row["attack"], row["defence"]): row["verdict"] for row in rows}
+    assert found["no attack", "plain mean"] == "holds"
+    assert found["gaussian", "plain mean"] == "breaks"
+    assert found["gaussian", "geometric median"] in ("holds", "bends")
+    page = Path("probe/report.html").read_text()
+    assert "Best against 2 attacks" in page
+    assert "bulyan(f=1)' needs at least 7 rows, but select.cohort is 6" in page.replace("&#39;", "'")
+    before = {p: p.stat().st_mtime_ns for p in Path("probe").rglob("model.safetensors")}
+    code, out, err = fedkeel(*arguments, "--out", "probe", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["cells"]) == len(rows)
+    assert before == {p: p.stat().st_mtime_ns for p in Path("probe").rglob("model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--hostile", "0"), "hostile = 0: write 1 to"),
+        (("--hostile", "99"), "hostile = 99: write 1 to"),
+        (("--hostile", "1", "--attack", "sign_flop"), "did you mean 'sign_flip'"),
+        (("--hostile", "1", "--seeds", "0"), "seeds = 0: at least one is needed"),
+    ],
+)
+def test_a_probe_that_can_not_be_made_is_a_sentence(fedkeel, arguments, words):
+    fedkeel("new", "job")
+    code, _, err = fedkeel("probe", "job.toml", *sets(), *arguments)
+    assert code == 2
+    assert words in err
+    assert not Path("runs").exists()

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkeel.core.errors import InputError
 from fedkeel.ship import charts, files, summary, words
 from fedkeel.ship.summary import Point, Run
+
+if TYPE_CHECKING:
+    from fedkeel.probing import Cell, Probe
 
 Source = Path | str | tuple[str, Path | str]
 
@@ -107,6 +110,34 @@ def write_comparison(
         "settings": settings,
     }
     return _render("comparison.html.j2", Path(path), page)
+
+
+def write_probe(path: Path | str, found: Probe, *, seeds: int, tolerance: float, settings: str) -> Path:
+    """Write the report of `fedkeel probe`: a grid of attacks and defences, each cell with its verdict."""
+
+    def cell(of: Cell) -> dict[str, str]:
+        figure = f"{100 * of.mean:.1f}" if math.isfinite(of.mean) else "diverged"
+        spread = f", {100 * of.low:.1f} to {100 * of.high:.1f}" if seeds > 1 and math.isfinite(of.mean) else ""
+        return {"figure": figure, "verdict": of.verdict, "interval": spread}
+
+    names = list(found.defences)
+    best, plain = found.worst(found.best), found.worst("plain mean")
+    against = f"{100 * plain.mean:.1f}%" if math.isfinite(plain.mean) else "nothing"
+    page = {
+        "title": f"Best against {words.count(len(found.attacks) - 1, 'attack')}: {found.best}",
+        "lede": f"The worst that happens to it is {100 * best.mean:.1f}% accuracy, under {best.attack}. The "
+        f"plain mean reaches {100 * found.clean:.1f}% without an attack, and falls to {against} under {plain.attack}. "
+        f"Hostile: {words.count(found.hostile, 'client')}.",
+        "note": f"Means over {words.count(seeds, 'seed')}. Holds: at most {100 * tolerance:g} points below the plain "
+        f"mean's clean run; bends: at most 10; breaks: more.",
+        "defences": names,
+        "rows": [{"attack": a, "cells": [cell(found.cell(a, d)) for d in names]} for a in found.attacks],
+        "worst": [cell(found.worst(d)) for d in names],
+        "recipes": list(found.defences.items()),
+        "left_out": list(found.left_out.items()),
+        "settings": settings,
+    }
+    return _render("probe.html.j2", Path(path), page)
 
 
 def _render(template: str, path: Path, page: Mapping[str, Any]) -> Path:
