@@ -33,7 +33,10 @@ def main() -> None:
     found = {
         "startup": startup(args.repeats),
         "coordinator": coordinator(args.clients, args.columns, args.repeats),
-        "memory": [memory(64, args.columns, reduce) for reduce in ("median", "mean")],
+        "memory": [
+            memory(64, args.columns, "median"),
+            memory(96, args.columns, "mean"),
+        ],  # so large a mean is streamed,
     }
     args.json.parent.mkdir(exist_ok=True)
     args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import torch
 
+from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
 from fedkeel.core.types import Cohort, ServerState
 
@@ -51,19 +52,32 @@ def ours(U: torch.Tensor, w: torch.Tensor, f: int) -> dict[str, Callable[[], Any
         "trimmed_mean": functools.partial(build("reducer", "trimmed_mean", trim=f), U, w),
         "geometric_median": functools.partial(build("reducer", "geometric_median"), U, flat),
         "multi_krum": krum_mean,
+        "mean_around_median": functools.partial(build("reducer", "mean_around_median", f=f), U, w),
+        # Of bulyan, f = n // 5 rows would be too many.
+        "bulyan": functools.partial(build("reducer", "bulyan", f=(n - 3) // 4), U, w),
+        "caf": functools.partial(build("reducer", "caf", f=f), U, w),
+        "centered_clip, one step": functools.partial(build("reducer", "centered_clip", radius=100.0, steps=1), U, w),
+        "nnm": lambda: build("mixer", "nnm", f=f)(U, w, Key.root(0))[0],
     }
 
 
 def byzfl(U: torch.Tensor, f: int) -> dict[str, Implementations]:
     """ByzFL's aggregators, on torch tensors and on numpy arrays: it takes both."""
-    from byzfl import GeometricMedian, Median, MultiKrum, TrMean
+    from byzfl import CAF, NNM, CenteredClipping, GeometricMedian, Meamed, Median, MultiKrum, TrMean
 
     rules = {
         "median": Median(),
         "trimmed_mean": TrMean(f),
         "multi_krum": MultiKrum(f),
         "geometric_median": GeometricMedian(),
+        "mean_around_median": Meamed(f),
+        "caf": CAF(f),
+        "centered_clip, one step": CenteredClipping(L=1, tau=100.0),  # begins at zero, ours at a central row
+        "nnm": NNM(f),
     }
+    n, columns = U.shape
+    if 4 * n * n * columns > psutil.virtual_memory().available / 2:  # it builds (n, n, P)
+        del rules["nnm"]
     inputs = {"byzfl (torch)": U, "byzfl (numpy)": U.numpy()}
     return {r: {i: functools.partial(rule, x) for i, x in inputs.items()} for r, rule in rules.items()}
 
@@ -102,6 +116,11 @@ def flower(U: torch.Tensor, f: int) -> dict[str, Implementations]:
             "flower (older)": lambda: older.aggregate_krum(results, f, len(layers) - f)[0],
         },
         "mean": {"flower (older)": lambda: older.aggregate(results)[0]},
+        "bulyan": {
+            "flower (older)": lambda: older.aggregate_bulyan(
+                list(results), (len(layers) - 3) // 4, older.aggregate_krum, to_keep=0
+            )[0]
+        },
     }
 
 

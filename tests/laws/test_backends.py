@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from train_cases import BATCH, CASES, Case, compiled, data_of, module_of, tasks_of, work_of
 
 from fedkeel.core.layout import Layout
@@ -21,6 +23,12 @@ FAST = ("traced", NATIVE, "rows")
 def until_lower(num_examples: int, batch_size: int, losses: list[float]) -> int:
     """Stops after the epoch in which the loss fell below 1.2, or after 9 steps."""
     return 0 if losses and (min(losses) < 1.2 or len(losses) >= 9) else len(losses) + 1
+
+
+@rule("correction", name="test_proximal", traits=("elementwise",))
+def proximal(g: Tensor, theta: Tensor, theta0: Tensor, c_i: None, c: None, *, coef: float = 0.8) -> Tensor:
+    """g + coef (theta - theta0), as FedProx has it."""
+    return g.add(theta - theta0, alpha=coef)
 
 
 def outcomes(trainer: Trainer, theta: torch.Tensor, tasks: list[Task], **control: torch.Tensor) -> dict[int, Trained]:
@@ -64,6 +72,14 @@ def test_a_backend_equals_the_loop_or_says_why_it_does_not_fit(name: str, backen
     else:
         mid_epoch = build("stopping", "steps", steps=5)
         both(case, backend, work_of(case, build("correction", "l2", coef=0.1), stopping=mid_epoch))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", ["mlp", "low_rank"])
+def test_corrections_that_add_the_weights_twice_are_added_once_each(name: str, backend: str) -> None:
+    rules = [build("correction", rule, coef=0.8) for rule in ("l2", "test_proximal", "l2")]
+    case = CASES[name]
+    both(case, backend, replace(work_of(case, *rules, stopping=build("stopping", "epochs", epochs=4)), lr=0.01))
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -231,3 +231,42 @@ def test_the_other_attacks_send_what_they_say() -> None:
     replaced[bad] = build("attack", "replacement")(U, at, keys)
     torch.testing.assert_close(replaced[bad].mean(0) * 2 / 8, U[bad].mean(0))
     torch.testing.assert_close(build("attack", "sybil")(U, at, keys), -U[bad].mean(0).expand(2, -1))
+
+
+def test_a_row_of_alternating_giants_does_not_slip_through_the_cosine_screen() -> None:
+    U = 1 + 0.1 * torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))
+    giant = torch.full((4000,), 3e38)
+    giant[::2] = giant[1::40] = -3e38
+    U[5] = giant
+    found = build("screen", "cosine")(cohort(U), ServerState(torch.zeros(4000)))
+    assert set(found) == {5}
+    assert found[5][1] == pytest.approx(-0.05, abs=0.01)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e12, 1e30])
+def test_the_geometric_median_is_where_most_of_the_weight_lies(far: float) -> None:
+    U = torch.zeros(49, 10)
+    U[26:] = torch.randn(23, 10, generator=torch.Generator().manual_seed(0))
+    U[-1] = far
+    assert not build("reducer", "geometric_median")(U, ones(49)).any()
+
+
+@pytest.mark.parametrize(("n", "f"), [(5, 1), (8, 1), (10, 2), (20, 4)])
+@pytest.mark.parametrize("name", ["mda", "centered_clip", "bulyan", "caf"])
+def test_the_order_of_rows_does_not_matter_where_choices_tie(name: str, n: int, f: int) -> None:
+    if name == "bulyan" and n < 4 * f + 3:
+        pytest.skip("too few rows")
+    rule = build("reducer", name) if name == "centered_clip" else build("reducer", name, f=f)
+    U = random_rows(n, 50)
+    expected = rule(U, ones(n))
+    for seed in range(40):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(rule(U[order], ones(n)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_spoils_its_bucket_alone(bad: float) -> None:
+    U = random_rows(10, 5)
+    U[3] = bad
+    V, _ = build("mixer", "bucketing", size=2)(U, ones(10), KEY)
+    assert int(torch.isfinite(V).all(1).sum()) == 4

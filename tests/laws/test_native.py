@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -323,3 +324,37 @@ def test_inner_products_are_right(instruction_set: native.Library, n: int, colum
     assert torch.equal(found, found.T)
     scale = exact.diagonal().max()
     torch.testing.assert_close(found / scale, exact / scale, rtol=0, atol=1e-6)  # the offset costs two bits
+
+
+def test_the_mean_around_the_median_has_the_same_bits_for_the_smallest_numbers(
+    instruction_set: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e-45, 1e-38, math.inf])
+    U = values[torch.randint(0, 7, (8, 4000), generator=generator)]
+    found = []
+    for library in (instruction_set, "none"):
+        monkeypatch.setattr(native_module, "library", lambda library=library: library)
+        found.append(order.mean_around_median(U, 5))
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_layer_of_no_width_trains_or_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: there is nothing to initialise
+        module = nn.Sequential(nn.Linear(6, 0), nn.ReLU(), nn.Linear(0, 3))
+    data = data_for(6, 3, torch.float32)
+    layout, work = Layout.of(module), LocalWork(4, 0.1, build("stopping", "epochs"), build("loss", "cross_entropy"))
+    trainer = make_trainer("auto", module, layout, data, work, workers=1)
+    assert all(t.failure is None for t in trainer.train(layout.flatten(module), tasks_of(data, layout)))
+
+
+def test_one_label_that_the_model_does_not_have_does_not_stop_the_others() -> None:
+    module, data = mlp(6, 4, 3), data_for(6, 3, torch.float32, (30, 30))
+    data.y[2] = -5  # among the rows that a step is recorded on
+    layout, work = Layout.of(module), LocalWork(20, 0.1, build("stopping", "epochs"), build("loss", "cross_entropy"))
+    for backend in ("loop", "auto"):
+        trainer = make_trainer(backend, module, layout, data, work, workers=1)
+        found = {t.client: t.failure for t in trainer.train(layout.flatten(module), tasks_of(data, layout))}
+        assert "IndexError" in str(found[0])
+        assert found[1] is None

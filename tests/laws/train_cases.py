@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
@@ -108,6 +109,20 @@ class Attention(nn.Module):
         return self.out(self.layer(self.embed(x)))
 
 
+class LowRank(nn.Module):
+    """Weights that are products of parameters: each one's gradient reads the other, and its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(5, 64) / 8), nn.Parameter(torch.randn(9, 5) / 2)
+        self.square = nn.Parameter(torch.randn(9, 9) / 3)
+        self.out = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(functional.linear(x.flatten(1), self.b @ self.a))
+        return self.out(functional.linear(h, self.square @ self.square.T))
+
+
 class Branching(nn.Module):
     """Takes a path that depends on the data: no fixed sequence of operations."""
 
@@ -148,6 +163,7 @@ CASES = {
     "text": Case(Text, "text", refused=("rows", "native")),
     "attention": Case(Attention, "text"),
     "regression": Case(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Softplus(), nn.Linear(5, 1)), "number"),
+    "low_rank": Case(LowRank, refused=()),
     "branching": Case(Branching, refused=("traced", "rows", "native")),
 }
 

@@ -11,6 +11,7 @@ import fedkeel
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import RegistrationError, parse
 from fedkeel.round.coordinator import Record, Train
+from fedkeel.round.rows import RowStore
 
 LAYOUT = make_layout()
 NAMES = tuple("abcdefg")
@@ -137,3 +138,21 @@ def test_an_attack_must_say_what_it_acts_on():
         @fedkeel.rule("attack")
         def vague(U, bad, keys):
             """Do something (tests)."""
+
+
+def test_a_store_that_overflows_keeps_every_row_and_its_order():
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(200):
+        first = int(torch.randint(0, 9, (), generator=generator))
+        store = RowStore(3, 2, first)
+        for _ in range(2):
+            tasks = [first + int(t) for t in torch.randperm(8, generator=generator)[: 1 + trial % 8]]
+            kept = [task for task in tasks if (task + trial) % 3]
+            for task in tasks:
+                row = store.slot(task)
+                row.fill_(task)
+                if task in kept:
+                    store.admit(task)
+            assert store.in_order()[:, 0].tolist() == sorted(map(float, kept))
+            first += 8
+            store.clear(first)

@@ -194,7 +194,9 @@ def definition(kind: str, name: str) -> Definition:
     """The definition behind a name, or an `InputError` naming the nearest one."""
     known = names(kind)
     if name not in known:
-        raise InputError(f"{kind} '{name}' is unknown: {nearest(name, known)}")
+        elsewhere = [other for other, rules in _rules.items() if name in rules]
+        hint = f"it is a {elsewhere[0]}" if elsewhere else nearest(name, known)
+        raise InputError(f"{kind} '{name}' is unknown: {hint}")
     return _rules[kind][name]
 
 

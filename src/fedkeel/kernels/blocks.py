@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -62,16 +62,36 @@ def _together(jobs: Sequence[Callable[[], None]]) -> None:
         torch.set_num_threads(1)
         job()
 
+    futures: list[Future[None]] = []
     try:
-        futures = [_pool(len(jobs) - 1).submit(alone, job) for job in jobs[:-1]]
         try:
+            pool = _pool(len(jobs) - 1)
+            for job in jobs[:-1]:
+                try:
+                    futures.append(pool.submit(alone, job))
+                except RuntimeError:  # at the interpreter's exit no thread starts any more
+                    break
             alone(jobs[-1])
         finally:
-            wait(futures)
+            _wait_for(futures)
+        for job in jobs[len(futures) : -1]:
+            alone(job)
         for future in futures:
             future.result()
     finally:
         torch.set_num_threads(threads)
+
+
+def _wait_for(futures: Sequence[Future[None]]) -> None:
+    """Until all are done, Ctrl-C or not: they work on memory that is let go of after this."""
+    interrupt: KeyboardInterrupt | None = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 _kept: list[tuple[int, ThreadPoolExecutor]] = []  # the pool and its size; kept, as a new thread begins on a busy core

@@ -57,6 +57,39 @@ def sq_norm(row: Tensor) -> float:
     return total if _FAINT < total < math.inf else float(sq_norms(row[None])[0])
 
 
+def cosines(U: Tensor, norms: Tensor, rows: Sequence[int]) -> Tensor:
+    """Cosines between the picked rows, (k, k) float64, given all rows' norms (n,) float64, none of them 0.
+
+    Rows are scaled to length 1 before anything is multiplied, so that a long row blurs nobody else's direction.
+    """
+    lengths = norms[list(rows)].to(U.device)[:, None]
+
+    def work(columns: slice) -> Tensor:
+        total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=U.device)
+        for source, block in _blocks(U, rows, columns, torch.float64):
+            block.copy_(source)
+            block /= lengths
+            total += block @ block.T
+        return total
+
+    return _sum_over_columns(U, len(rows), work).clamp_(-1, 1)
+
+
+def along(U: Tensor, direction: Tensor) -> Tensor:
+    """Inner products of the rows (n, P) with a direction (P,), (n,) float64, summed in float64."""
+
+    def work(columns: slice) -> Tensor:
+        total = torch.zeros(U.shape[0], dtype=torch.float64, device=U.device)
+        at = columns.start
+        for source, block in _blocks(U, None, columns, torch.float64):
+            block.copy_(source)
+            total += block @ direction[at : at + block.shape[1]].to(torch.float64)
+            at += block.shape[1]
+        return total
+
+    return _sum_over_columns(U, U.shape[0], work)
+
+
 def gram(
     U: Tensor, origin: int | None = None, rows: Sequence[int] | None = None, dtype: torch.dtype = torch.float64
 ) -> Tensor:

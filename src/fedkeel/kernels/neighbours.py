@@ -6,6 +6,8 @@ distance that is NaN counts as infinite: such a row is chosen last.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def krum_scores(D: Tensor, f: int) -> Tensor:
 
 
 def krum_order(D: Tensor, f: int, count: int) -> list[int]:
-    """`count` rows chosen one after another by Krum among those that are left (El Mhamdi et al. 2018, section 4).
+    """`count` rows chosen one after another by Krum among those that are left (El Mhamdi et al. 2018, Bulyan).
 
     Each choice counts at least one neighbour. Where few are left, two that are each other's nearest have equal
     scores: of these the one that is nearer to all.
@@ -44,48 +46,53 @@ def least_diameter(D: Tensor, f: int) -> list[int]:
     """n - f rows whose largest distance between two is the least possible: exact (El Mhamdi et al. 2018, MDA).
 
     A subset of diameter at most t leaves out a vertex cover of the graph of pairs farther apart than t: bisect over
-    the distances, and search covers of at most f rows by branching on the row with the most conflicts. Raises
-    `RuntimeError` where that takes too long (many rows and large f, all at about the same distance).
+    the distances, and search covers of at most f rows by branching on the row with the most conflicts. Of several
+    subsets, the one whose distances sum to the least. Raises `RuntimeError` where that takes too long (many rows and
+    large f, all at about the same distance).
     """
     n = len(D)
     if f == 0:
         return list(range(n))
     D = D.nan_to_num(nan=torch.inf)
     thresholds = sorted({0.0, *D.flatten().tolist()})
+    left = [_BRANCHES]
     low, high = 0, len(thresholds) - 1
-    best: set[int] = set(range(f))
     while low < high:
         middle = (low + high) // 2
-        cover = _cover([set(torch.nonzero(row).flatten().tolist()) for row in thresholds[middle] < D], f, [_BRANCHES])
-        if cover is None:
+        if next(_covers(_conflicts(D, thresholds[middle]), f, left), None) is None:
             low = middle + 1
         else:
-            best, high = cover, middle
-    if len(best) < f:  # leave out as many as were asked for: those farthest from the rest
-        kept = [i for i in range(n) if i not in best]
-        far = D[kept][:, kept].sum(1).sort(descending=True, stable=True).indices.tolist()
-        best = best | {kept[i] for i in far[: f - len(best)]}
-    return [i for i in range(n) if i not in best]
+            high = middle
+    subsets = (_without(D, cover, f) for cover in _covers(_conflicts(D, thresholds[low]), f, left))
+    return min(subsets, key=lambda kept: float(D[kept][:, kept].sum()))
 
 
-def _cover(conflicts: list[set[int]], budget: int, left: list[int]) -> set[int] | None:
-    """At most `budget` rows that every conflict has one of, or None."""
+def _conflicts(D: Tensor, threshold: float) -> list[set[int]]:
+    return [set(torch.nonzero(row).flatten().tolist()) for row in threshold < D]
+
+
+def _without(D: Tensor, cover: set[int], f: int) -> list[int]:
+    """The rows without these, and without as many more as make f: always the one that is farthest from the others."""
+    kept = [i for i in range(len(D)) if i not in cover]
+    while len(kept) > len(D) - f:
+        kept.pop(int(D[kept][:, kept].sum(1).argmax()))
+    return kept
+
+
+def _covers(conflicts: list[set[int]], budget: int, left: list[int]) -> Iterator[set[int]]:
+    """Sets of at most `budget` rows that every conflict has one of: all those that are minimal."""
     left[0] -= 1
     if left[0] < 0:
         raise RuntimeError("the search for the subset of least diameter takes too long")
     sizes = [len(c) for c in conflicts]
     most = max(sizes, default=0)
     if most == 0:
-        return set()
+        yield set()
+        return
     if budget == 0 or sum(sizes) > 2 * budget * most:
-        return None
+        return
     row = sizes.index(most)
-    others = sorted(conflicts[row])
-    for cover in ([row], others):  # either the row goes, or all that it conflicts with
-        if len(cover) > budget:
-            continue
-        rest = [set() if i in cover else c.difference(cover) for i, c in enumerate(conflicts)]
-        found = _cover(rest, budget - len(cover), left)
-        if found is not None:
-            return found | set(cover)
-    return None
+    for cover in ({row}, conflicts[row]):  # either the row goes, or all that it conflicts with
+        if len(cover) <= budget:
+            rest = [set() if i in cover else c - cover for i, c in enumerate(conflicts)]
+            yield from (cover | found for found in _covers(rest, budget - len(cover), left))

@@ -112,11 +112,12 @@ def _mean_of(kept: list[NDArray[Any]], total: NDArray[np.float64], out: NDArray[
         np.copyto(out, kept[0])
         return
     total = total[: out.size]
-    np.add(kept[0], kept[1], out=total, dtype=np.float64)
-    for value in kept[2:]:
-        np.add(total, value, out=total)
-    np.multiply(total, 1 / len(kept), out=total)  # float64: a mean of equal values still rounds to that value
-    np.copyto(out, total, casting="same_kind")
+    with np.errstate(over="ignore", invalid="ignore"):  # of infinite rows; the result shows it
+        np.add(kept[0], kept[1], out=total, dtype=np.float64)
+        for value in kept[2:]:
+            np.add(total, value, out=total)
+        np.multiply(total, 1 / len(kept), out=total)  # float64: a mean of equal values still rounds to that value
+        np.copyto(out, total, casting="same_kind")
 
 
 def _around(ordered: Sequence[Tensor], keep: int) -> Tensor:

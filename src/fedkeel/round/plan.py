@@ -49,17 +49,24 @@ class Plan:
     def _check_what_is_left(self) -> None:
         """Refuse a rule that needs more rows than those before it leave."""
         left, by = self.cohort, ""
-        for rule in self.weighers:  # all of them see the whole cohort
-            if rule.leaves(self.cohort) < left:
-                left, by = rule.leaves(self.cohort), f"{rule.kind} '{rule!r}'"
-        for rule in (*self.mixers, self.reducer):
-            if rule.needs > left:
+
+        def take(rule: Rule, given: int) -> None:
+            nonlocal left, by
+            if rule.needs > given:
                 raise InputError(
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but {by} "
-                    f"leaves {left} of {self.cohort}: choose one of the two, or the reducer 'mean'"
+                    f"leaves {given} of {self.cohort}: choose one of the two, or the reducer 'mean'"
                 )
-            if rule.leaves(left) < left:
-                left, by = rule.leaves(left), f"{rule.kind} '{rule!r}'"
+            if rule.leaves(given) < left:
+                left, by = rule.leaves(given), f"{rule.kind} '{rule!r}'"
+
+        for rule in self.screens:  # each of them sees the whole cohort
+            take(rule, self.cohort)
+        screened = left
+        for rule in self.weighers:
+            take(rule, screened)
+        for rule in (*self.mixers, self.reducer):
+            take(rule, left)
 
     def streams(self, columns: int) -> bool:
         """Whether this plan sums rows as they come: a mean by per-row weights, too large to be worth keeping."""

@@ -22,23 +22,23 @@ class RowStore:
         self._rows = torch.empty(capacity, columns)
         self._first = first
         self._taken: dict[int, int] = {}  # row: task
+        self._open = 0  # the row that was handed out last
 
     def slot(self, task: int) -> Tensor:
         """(P,), to be overwritten. Its content counts only after `admit`."""
-        return self._rows[self._place(task)]
-
-    def _place(self, task: int) -> int:
-        place = task - self._first
-        if 0 <= place < len(self._rows) and place not in self._taken:
-            return place
         if len(self._taken) == len(self._rows):
             grown = torch.empty(2 * len(self._rows), self.columns)
             grown[: len(self._rows)] = self._rows
             self._rows = grown
-        return next(row for row in reversed(range(len(self._rows))) if row not in self._taken)
+        place = task - self._first
+        if not 0 <= place < len(self._rows) or place in self._taken:
+            place = next(row for row in reversed(range(len(self._rows))) if row not in self._taken)
+        self._open = place
+        return self._rows[place]
 
     def admit(self, task: int) -> None:
-        self._taken[self._place(task)] = task
+        """Keep what `slot` handed out for this task."""
+        self._taken[self._open] = task
 
     def in_order(self) -> Tensor:
         """The admitted rows (n, P) by ascending task, moved in place: no second matrix."""

@@ -315,7 +315,7 @@ class Server:
                     row,
                     refusal=outcome.refused.get(i),
                     weight=weight,
-                    cosine=outcome.cosines.get(i),
+                    cosine=None if skip else outcome.cosines.get(i),
                     staleness=admitted.staleness,
                 )
             )

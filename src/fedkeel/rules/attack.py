@@ -2,6 +2,7 @@
 
 "rows":   `(U (n, P), bad (f,) int64, keys) -> (f, P)`, what the clients `bad` send instead of their own rows. U holds
           what every client would honestly send; each attack says what of it the attackers see.
+          Those that look at benign rows send their own where there is none.
 "claims": `(num_examples (f,) int64, keys) -> (f,) int64`, the example counts they claim.
 "data":   `(y, classes, key) -> y`, the labels one client trains on.
 
@@ -112,7 +113,7 @@ def min_sum(U: Tensor, bad: Tensor, keys: Sequence[Key], *, direction: Direction
 def fang(U: Tensor, bad: Tensor, keys: Sequence[Key], *, spread: Annotated[float, Field(gt=1)] = 2.0) -> Tensor:
     """Each column just beyond the benign rows' extreme, on the side that the benign mean moves away from.
 
-    Fang et al. 2020, section 4.3 (against median and trimmed mean, full knowledge): uniform between the extreme and
+    Fang et al. 2020, section 3.3 (against median and trimmed mean, full knowledge): uniform between the extreme and
     `spread` times it, or its `spread`-th part where that is farther out. They see every benign row.
     """
     benign = _benign(U, bad)
@@ -163,7 +164,8 @@ def free_rider(
 def replacement(U: Tensor, bad: Tensor, keys: Sequence[Key], *, boost: Positive | None = None) -> Tensor:
     """Each sends its own row times `boost`, by default n / f, so that the plain mean becomes the hostile model.
 
-    Bagdasaryan et al. 2020, section 4. It sees its own row and knows the cohort's size.
+    So it is where all weigh the same and the others' rows about cancel (Bagdasaryan et al. 2020). It sees its own row
+    and knows the cohort's size.
     """
     return U[bad] * (U.shape[0] / max(len(bad), 1) if boost is None else boost)
 

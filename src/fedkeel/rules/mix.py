@@ -26,7 +26,7 @@ Hostile = Annotated[int, Field(ge=0)]
 def nnm(U: Tensor, w: Tensor, key: Key, *, f: Hostile) -> tuple[Tensor, Tensor]:
     """Each row becomes the mean of the n - f rows nearest to it, itself among them: nearest-neighbour mixing.
 
-    Allouah et al. 2023 (Fixing by mixing, algorithm 2): it makes trimmed_mean, median, krum and geometric_median
+    Allouah et al. 2023 (Fixing by mixing): it makes trimmed_mean, median, krum and geometric_median
     optimal under heterogeneous data. Rows keep their weights. Holds a second matrix (n, P). Raises `CohortError` with
     fewer than 2 f + 1 rows of weight above 0, or rows that are not finite.
     """
@@ -49,12 +49,15 @@ def bucketing(U: Tensor, w: Tensor, key: Key, *, size: Annotated[int, Field(ge=1
     rows = _used(w, 1, f"bucketing(size={size})")
     order = torch.randperm(len(rows), generator=key.torch())
     buckets = torch.split(order, size)
-    M = torch.zeros(len(buckets), len(rows), dtype=torch.float64)
-    counts = w[rows].to("cpu", torch.float64)
+    V = torch.empty(len(buckets), U.shape[1], dtype=U.dtype, device=U.device)
+    together = torch.empty(len(buckets), dtype=torch.float64)
     for i, bucket in enumerate(buckets):
-        M[i, bucket] = counts[bucket] / counts[bucket].sum()
-    together = torch.stack([counts[bucket].sum() for bucket in buckets])
-    return combine.mixed(U, M, rows), together.to(w)
+        members = torch.tensor(rows)[bucket]
+        counts = w[members].to("cpu", torch.float64)
+        together[i] = counts.sum()
+        shares = torch.zeros(len(w), dtype=torch.float64).index_copy_(0, members, counts / together[i])
+        V[i] = combine.weighted_sum(U, shares)  # reads its own rows alone: a NaN stays in its bucket
+    return V, together.to(w)
 
 
 @rule("mixer")
@@ -63,7 +66,8 @@ def norm_cap(
 ) -> tuple[Tensor, Tensor]:
     """Scale rows longer than `norm` (L2) down to it; by default to the median norm of the rows.
 
-    Sun et al. 2019 (norm thresholding); the median as in FLAME (Nguyen et al. 2022). Holds a second matrix (n, P) where
+    Sun et al. 2019 (norm thresholding); the median as in FLAME (Nguyen et al. 2022): 0 where half of the rows are.
+    Holds a second matrix (n, P) where
     a row is scaled.
     """
     rows = _used(w, 1, "norm_cap")
@@ -76,7 +80,7 @@ def norm_cap(
 def arc(U: Tensor, w: Tensor, key: Key, *, f: Hostile) -> tuple[Tensor, Tensor]:
     """Scale the floor(2 f (n - f) / n) longest rows down to the next one's norm: adaptive robust clipping.
 
-    Allouah et al. 2025 (algorithm 2): unlike a fixed bound it keeps the guarantee of the robust rule that follows.
+    Allouah et al. 2025: unlike a fixed bound it keeps the guarantee of the robust rule that follows.
     Holds a second matrix (n, P) where a row is scaled. Raises `CohortError` with fewer than 2 f + 1 rows of weight
     above 0.
     """

@@ -54,7 +54,7 @@ def trimmed_mean(U: Tensor, w: Tensor, *, trim: Annotated[int, Field(ge=0)]) -> 
 def mean_around_median(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
     """Mean of each column's n - f values nearest to its median; weights above 0 are ignored.
 
-    Xie, Koyejo and Gupta 2018 (Generalized Byzantine-tolerant SGD, definition 6). Raises `CohortError` with fewer than
+    Xie, Koyejo and Gupta 2018 (Generalized Byzantine-tolerant SGD). Raises `CohortError` with fewer than
     2 f + 1 rows of weight above 0.
     """
     rows = _used(U, w, 2 * f + 1, f"mean_around_median(f={f})")
@@ -65,7 +65,7 @@ def mean_around_median(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
 def bulyan(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
     """Krum chooses n - 2 f rows one after another; of those, the n - 4 f values nearest to each column's median count.
 
-    El Mhamdi, Guerraoui and Rouault 2018 (algorithm 1). Weights above 0 are ignored. Raises `CohortError` with fewer
+    El Mhamdi, Guerraoui and Rouault 2018. Weights above 0 are ignored. Raises `CohortError` with fewer
     than 4 f + 3 rows of weight above 0.
     """
     rows = _used(U, w, 4 * f + 3, f"bulyan(f={f})")
@@ -78,8 +78,10 @@ def bulyan(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
 def mda(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
     """Mean of the n - f rows whose two farthest are the least apart; weights above 0 are ignored.
 
-    Minimum-diameter averaging (El Mhamdi, Guerraoui and Rouault 2018, section 4). Exact, by a search that is fast while
-    f is small. Raises `CohortError` with fewer than 2 f + 1 rows of weight above 0, or where the search takes too long.
+    Minimum-diameter averaging (El Mhamdi, Guerraoui and Rouault 2018). Of several such subsets, the one whose distances
+    sum to the least. Exact, by a search that is fast while f is small.
+
+    Raises `CohortError` with fewer than 2 f + 1 rows of weight above 0, or where the search takes too long.
     """
     rows = _used(U, w, 2 * f + 1, f"mda(f={f})")
     try:
@@ -111,10 +113,10 @@ def geometric_median(
     shares = _shares(w.to(U.device)[rows])
     lengths = _distances(U, rows, "geometric_median").to(U.device).sqrt()
     centre = int((lengths @ shares).argmin())
-    typical = lengths[centre].median()
-    if typical == 0:  # half of the rows agree with the central one
-        typical = lengths[centre].max()
-    c = _weiszfeld(distance.gram_about(U, centre, rows), shares, lengths[centre], float(typical), tolerance, max_steps)
+    typical = float(_weighted_medians(lengths[centre][None], shares)[0])
+    if typical == 0:  # most of the weight lies there: no other point is nearer to all
+        return U[rows[centre]].clone()
+    c = _weiszfeld(distance.gram_about(U, centre, rows), shares, lengths[centre], typical, tolerance, max_steps)
     return _combined(U, rows, c)
 
 
@@ -135,7 +137,7 @@ def centered_clip(
     rows = _used(U, w, 1, "centered_clip")
     shares = _shares(w.to(U.device)[rows])
     lengths = _distances(U, rows, "centered_clip").to(U.device).sqrt()
-    centre = int(_weighted_medians(lengths, shares).argmin())
+    centre = _central(lengths, shares)
     G = distance.gram_about(U, centre, rows)
     c = torch.zeros(len(rows), dtype=torch.float64, device=U.device)
     c[centre] = 1
@@ -150,7 +152,7 @@ def centered_clip(
 
 @rule("reducer", needs=lambda f: 2 * f + 1, traits=("robust", "unweighted"))
 def caf(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
-    """Mean after a filter along the directions of largest variance: CAF (Allouah et al. 2025, algorithm 2).
+    """Mean after a filter along the directions of largest variance: CAF (Allouah et al. 2025).
 
     Rows begin with c_i = 1 (weights above 0 are ignored). As long as they sum to more than n - 2 f, each loses in
     proportion to its squared distance from the mean by c along the covariance's first eigenvector; the result is the
@@ -161,7 +163,7 @@ def caf(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
     lengths = _distances(U, rows, "caf").sqrt()
     left = torch.ones(len(rows), dtype=torch.float64)
     best, least = left / len(rows), torch.inf
-    G = distance.gram_about(U, int(_weighted_medians(lengths, best).argmin()), rows).cpu()
+    G = distance.gram_about(U, _central(lengths, best), rows).cpu()
     while float(left.sum()) > len(rows) - 2 * f:
         c = left / left.sum()
         # With A = G centred at the mean, the covariance's eigenvalues are those of sqrt(c) A sqrt(c).
@@ -200,6 +202,12 @@ def _lengths(G: Tensor, c: Tensor) -> Tensor:
     return (c @ Gc - 2 * Gc + G.diagonal()).clamp_(min=0).sqrt_()
 
 
+def _central(lengths: Tensor, shares: Tensor) -> int:
+    """The row with the least weighted median of its distances to all (n, n); of equal ones, the nearest to all."""
+    medians, sums = _weighted_medians(lengths, shares).tolist(), (lengths @ shares).tolist()
+    return min(range(len(medians)), key=lambda i: (medians[i], sums[i]))
+
+
 def _weighted_medians(values: Tensor, shares: Tensor) -> Tensor:
     """Of each row of values (m, n): the least that, with those below it, has more than half of the shares (n,)."""
     ordered, index = values.sort(dim=1)
@@ -209,8 +217,6 @@ def _weighted_medians(values: Tensor, shares: Tensor) -> Tensor:
 
 def _weiszfeld(G: Tensor, w: Tensor, lengths: Tensor, typical: float, tolerance: float, max_steps: int) -> Tensor:
     """Coefficients (n,) of the geometric median; `lengths` are the rows' distances from the Gram matrix's centre."""
-    if typical == 0:
-        return w
     smooth = 1e-6 * typical
     c = _shares(w / lengths.clamp(min=typical))
     for _ in range(max_steps):

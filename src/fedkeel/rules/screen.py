@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Cohort, ServerState
@@ -56,24 +55,30 @@ def norm_mad(
 
 @rule("screen", traits=("direction",))
 def cosine(cohort: Cohort, state: ServerState, *, least: Annotated[float, Field(ge=-1, lt=1)] = 0.0) -> Found:
-    """Rows whose cosine with the coordinate-wise median of the cohort is below `least`. A zero row has cosine 0."""
+    """Rows whose cosine with the coordinate-wise median of the cohort is below `least`. A zero row has cosine 0.
+
+    It looks at directions alone: put `norm_mad` beside it, as one row that is long enough moves a mean anywhere.
+    """
     found = _not_finite(cohort)
     kept = [i for i in range(len(cohort)) if i not in found]
     if not kept:
         return found
     median = order.trimmed_mean(cohort.U, (len(kept) - 1) // 2, kept)
     length = math.sqrt(distance.sq_norm(median))
-    unit = median / length if length > 0 else median
-    along = (cohort.U @ unit).double()
+    inner = distance.along(cohort.U, median / length if length > 0 else median).tolist()
     for i in kept:
         norm = float(cohort.norm[i])
-        score = float(along[i]) / norm if norm > 0 and length > 0 else 0.0
-        if score < least:
+        score = inner[i] / norm if norm > 0 and length > 0 else 0.0
+        if not score >= least:
             found[i] = f"its cosine with the median is {score:.3f}, below {least:g}", score
     return found
 
 
-@rule("screen", needs=lambda f, share, repeats: math.ceil(share * f) * repeats + 1)
+@rule(
+    "screen",
+    needs=lambda f, share, repeats: max(math.ceil(share * f) * repeats, 2 * f) + 1,
+    leaves=lambda rows, f, share, repeats: rows - math.ceil(share * f) * repeats,
+)
 def dnc(
     cohort: Cohort,
     state: ServerState,
@@ -84,8 +89,9 @@ def dnc(
 ) -> Found:
     """The share * f rows that lie farthest out along the cohort's first principal direction, `repeats` times over.
 
-    Divide and conquer (Shejwalkar and Houmansadr 2021, algorithm 2), over all columns where the paper samples some: the
-    direction comes from the rows' distances, so nothing is drawn. It refuses so many whoever is hostile.
+    Divide and conquer (Shejwalkar and Houmansadr 2021), over all columns where the paper samples some: the direction
+    comes from the rows' distances, so nothing is drawn. Each repeat refuses again among those that are left. It refuses
+    so many whoever is hostile, and nobody where all rows agree.
     """
     found = _not_finite(cohort)
     cut = math.ceil(share * f)
@@ -98,8 +104,10 @@ def dnc(
         values, vectors = torch.linalg.eigh((mean[:, None] + mean[None, :] - D.mean() - D) / 2)
         outlying = vectors[:, -1].square() * values[-1].clamp(min=0)
         typical = float(outlying.mean())
+        if not typical > 0:
+            break
         for i in outlying.sort(descending=True, stable=True).indices[:cut].tolist():
-            score = float(outlying[i]) / typical if typical > 0 else 0.0
+            score = float(outlying[i]) / typical
             found[kept[i]] = f"it lies {score:.1f} times as far out as the mean row along the main direction", score
     return found
 
@@ -117,7 +125,7 @@ def flame(cohort: Cohort, state: ServerState) -> Found:
     kept = [i for i in range(len(cohort)) if i not in found]
     if len(kept) < 3:
         return found
-    apart = (1 - _cosines(cohort, kept)).clamp(0, 2).fill_diagonal_(0).numpy()
+    apart = (1 - distance.cosines(cohort.U, cohort.norm, kept)).fill_diagonal_(0).cpu().numpy()
     inside = _majority(apart)
     if not inside:
         return found
@@ -140,10 +148,3 @@ def _majority(apart: NDArray[np.float64]) -> list[int]:
 
 def _not_finite(cohort: Cohort) -> Found:
     return {i: (_NO_NUMBER, math.nan) for i, norm in enumerate(cohort.norm.tolist()) if not math.isfinite(norm)}
-
-
-def _cosines(cohort: Cohort, rows: list[int]) -> Tensor:
-    """Cosines between the picked rows, (n, n) float64, from their distances and norms."""
-    D, norm = cohort.sq_distances.cpu()[rows][:, rows], cohort.norm[rows].cpu()
-    inner = (norm.square()[:, None] + norm.square()[None, :] - D) / 2
-    return (inner / (norm[:, None] * norm[None, :])).clamp(-1, 1)

@@ -96,6 +96,17 @@ def refuses_rows_that_are_far_too_long(rule: Rule) -> None:
 
 
 @law("screen", "direction")
+def is_not_blinded_by_one_long_row(rule: Rule) -> None:
+    for columns in (400, 60_000):
+        for factor in (1e9, 1e20, 1e30):
+            U = rows(20, columns)
+            U[[2, 7, 8]] *= -1
+            U[2] *= factor
+            found = _refused(rule, cohort(U))
+            hold({2, 7, 8} <= set(found), f"one row {factor:g} times as long: it refuses {sorted(found)}, not 2, 7, 8")
+
+
+@law("screen", "direction")
 def refuses_rows_that_point_the_other_way(rule: Rule) -> None:
     U = _honest(20)
     U[[2, 7, 8]] *= -1

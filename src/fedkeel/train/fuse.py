@@ -162,12 +162,12 @@ class Updates:
             for value in node.uses:
                 last_use[self.graph.storage(value)] = at
         absorbed: set[int] = set()
+        self.stepped = {self.graph.storage(parameter) for parameter in gradients}
         for gradient in gradients.values():
             self.count[gradient] = self.count.get(gradient, 0) + 1
         for parameter, gradient in gradients.items():
             at = last_use.get(self.graph.storage(parameter), -1)
-            terms = self._terms(gradient, 1.0, absorbed)
-            terms.sort(key=lambda term: self.graph.storage(term[0]) != self.graph.storage(parameter))
+            terms = self._split(gradient, absorbed)
             for value, sign in terms:
                 maker = self.makers.get(value)
                 place = max(at, self.position[id(maker)] if maker is not None else -1)
@@ -178,6 +178,21 @@ class Updates:
                 nodes.append(node)
             nodes += self.after.get(at, ())
         self.graph.nodes = nodes
+
+    def _split(self, gradient: int, absorbed: set[int]) -> list[tuple[int, float]]:
+        """A gradient as addends with their factors, to be added one after another; what reads a parameter comes first.
+
+        Only one of them may: the next one would read it after the first was added.
+        """
+        inside: set[int] = set()
+        merged: dict[int, float] = {}
+        for value, factor in self._terms(gradient, 1.0, inside):
+            merged[value] = merged.get(value, 0.0) + factor
+        reading = [value for value in merged if self.graph.storage(value) in self.stepped]
+        if len(reading) > 1:
+            return [(gradient, 1.0)]
+        absorbed |= inside
+        return sorted(merged.items(), key=lambda term: term[0] not in reading)
 
     def _terms(self, value: int, scale: float, absorbed: set[int]) -> list[tuple[int, float]]:
         """A gradient that is a sum, as its addends with their factors."""
@@ -206,12 +221,17 @@ class Updates:
             if inner is not None and inner.func is aten.mm.default:
                 chain.append(maker.args[0].value)
                 maker, flipped = inner, True
-        if maker is not None and self.count[chain[-1]] == 1 and not self._changed(maker, place):
+        if maker is not None and self.count[chain[-1]] == 1 and not self._must_stay(maker, place):
             fused = self._fused(parameter, chain[-1], maker, alpha, flipped, place)
             if fused:
                 absorbed.update(chain)
                 return fused
         return [self._node(Tensor.add_, self._look(parameter, value), Ref(value), alpha=alpha)]
+
+    def _must_stay(self, maker: Node, until: int) -> bool:
+        """Whether a product reads a parameter, which an update may change first, or what a node up to there changes."""
+        reads = any(self.graph.storage(value) in self.stepped for value in maker.uses)
+        return reads or self._changed(maker, until)
 
     def _changed(self, maker: Node, until: int) -> bool:
         """Whether a node up to there changes the arguments in place, so that the product cannot wait."""

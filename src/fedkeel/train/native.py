@@ -39,7 +39,7 @@ class NativeStep:
         self._traced = TracedStep(module, layout, data, work)
         self.vector = self._traced.vector
         # What the kernels can scale, they gather from where it lies; the rest is prepared some batches at a time.
-        known = isinstance(data.prepare, Scale) and data.x.dtype in _AS_THEY_LIE and data.x.is_contiguous()
+        known = type(data.prepare) is Scale and data.x.dtype in _AS_THEY_LIE and data.x.is_contiguous()
         self._scale = data.prepare if known and isinstance(data.prepare, Scale) else None
         self._labels = data.y.contiguous()
         self._known: dict[int, Lowered] = {}

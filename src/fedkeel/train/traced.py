@@ -97,7 +97,9 @@ class TracedStep:
         with torch.inference_mode(False), torch.enable_grad(), seeded(Key(0), self.vector.device):
             inputs = {name: tensor.detach().clone() for name, tensor in self.inputs().items()}
             inputs["x"] = self.arrange(self.data.prepare(self.data.x[rows]))
-            inputs["y"] = self.data.y[rows]
+            # Of the labels only type and shape count here, and one that the model does not have is its client's affair.
+            y = self.data.y[rows]
+            inputs["y"] = y if y.is_floating_point() else torch.zeros_like(y)
             return self._graph(inputs)
 
     def _graph(self, inputs: dict[str, Tensor]) -> tuple[Graph, int]:

@@ -52,7 +52,9 @@ INLINE vec NAME(around)(const network *net, const float **registers, int64_t at)
     vec kept[MAX_ROWS];
     for (int64_t j = 0; j < keep; j++) kept[j] = LOAD(registers[net->kept[j]] + at);
     const vec upper = LOAD(registers[net->kept[n / 2]] + at), lower = LOAD(registers[net->kept[(n - 1) / 2]] + at);
-    const vec middle = n % 2 ? upper : 0.5f * lower + 0.5f * upper;
+    /* Stored in between, so that it is not fused: the same bits in every instruction set. */
+    volatile vec low = 0.5f * lower, high = 0.5f * upper;
+    const vec middle = n % 2 ? upper : low + high;
     for (int64_t j = 0; j < n - keep; j++) {
         const vec value = LOAD(registers[net->kept[j]] + at), later = LOAD(registers[net->kept[j + keep]] + at);
         const ints nearer = middle - value > later - middle;
@@ -82,15 +84,15 @@ static void NAME(select_block)(const network *net, const float **registers, int6
     }
     for (const int32_t *s = net->steps; s < net->steps + 4 * net->count; s += 4) {
         const float *a = registers[s[0]], *b = registers[s[1]];
-        float *low = (float *)registers[s[2]], *high = (float *)registers[s[3]];
-        if (s[2] >= 0 && s[3] >= 0) {
+        float *low = s[2] >= 0 ? (float *)registers[s[2]] : 0, *high = s[3] >= 0 ? (float *)registers[s[3]] : 0;
+        if (low && high) {
             UNROLL(4)
             for (int64_t j = 0; j < WIDTH; j += V) {
                 const vec x = LOAD(a + j), y = LOAD(b + j);
                 STORE(low + j, MINIMUM(x, y));
                 STORE(high + j, MAXIMUM(x, y));
             }
-        } else if (s[2] >= 0) {
+        } else if (low) {
             UNROLL(4)
             for (int64_t j = 0; j < WIDTH; j += V) {
                 const vec x = LOAD(a + j), y = LOAD(b + j);

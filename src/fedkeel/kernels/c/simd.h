@@ -142,7 +142,7 @@ INLINE void NAME(strips)(const int m, const op *o, long n, const float *a, long 
 /* Columns in blocks whose part of b stays in the first cache; in each, tiles of rows; in each, strips of columns. */
 static void NAME(product)(const op *o, const float *a, long rows, long columns, const float *b, const float *start,
                           float *out) {
-    long block = 4096 / o->k / (2 * V) * (2 * V);
+    long block = 4096 / (o->k > 0 ? o->k : 1) / (2 * V) * (2 * V);
     if (block < 2 * V) block = 2 * V;
     for (long j = 0; j < o->n; j += block) {
         const long stop = j + block < o->n ? j + block : o->n;
