@@ -90,7 +90,7 @@ def coordinator(clients: int, columns: int, repeats: int) -> dict[str, Any]:
     names = [f"client-{i:04d}" for i in range(clients)]
     matrix = torch.empty_like(rows)  # the server keeps its own from round to round as well
     whole, bare, hashing = [], [], []
-    server = Server(plan, layout, ServerState(torch.zeros(columns)))
+    server = Server(plan, layout, ServerState(torch.zeros(columns)), Key.root(0))
     control = Coordinator(plan, server, names, Key.root(0), rounds=repeats + 2)
     orders = [c for c in control.start(0.0) if isinstance(c, Train)]
     for repeat in range(repeats + 1):

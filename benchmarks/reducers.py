@@ -275,8 +275,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 x 10^6 only, three repeats")
     parser.add_argument("--sizes", default=FULL, help="ROWSxCOLUMNS, separated by commas")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--patience", type=float, default=20.0, help="seconds; what takes longer runs once")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--patience", type=float, default=5.0, help="seconds; what takes longer runs once")
+    parser.add_argument("--json", type=Path, help="write the figures to this file; other sizes in it are kept")
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.repeats = "20x1000000", 3
@@ -300,6 +300,9 @@ def main() -> None:
     ):
         print(text)
     if args.json:
+        now = {(line["rows"], line["columns"]) for line in lines}
+        before = json.loads(args.json.read_text())["lines"] if args.json.exists() else []
+        lines += [line for line in before if (line["rows"], line["columns"]) not in now]
         report = {"benchmark": "reducers", "machine": machine, "versions": packages(), "lines": lines}
         report |= {"missing": missing, "skipped": skipped, "targets": said}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
