@@ -291,7 +291,7 @@ def main() -> None:
     from fedkeel.core.errors import FedkeelError, InputError
 
     try:
-        app()
+        code = app(standalone_mode=False)
     except InputError as error:
         _err.print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(2)
@@ -301,3 +301,15 @@ def main() -> None:
     except KeyboardInterrupt:
         _err.print("interrupted")
         sys.exit(130)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        # What the arguments themselves are wrong in; typer has its own copy of click's errors, or click's.
+        words = getattr(error, "format_message", None)
+        if words is None:
+            raise
+        sentence = " ".join(words().split()).rstrip(".")
+        if sentence and "Usage:" not in sentence:  # else it has printed the help already
+            _err.print(f"[red]error:[/] {escape(sentence)}: see `fedkeel --help`")
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)

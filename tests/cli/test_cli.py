@@ -198,8 +198,18 @@ def test_help_comes_without_torch_and_usage_errors_exit_with_two():
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "resume" in done.stdout
-    done = subprocess.run([sys.executable, "-m", "fedkeel", "run"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    for arguments, words in (
+        (["run"], "Missing argument"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["compare", "job.toml"], "Missing option '--vary'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "fedkeel", *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_probe_gives_a_verdict_for_every_attack_and_defence_and_can_be_called_again(fedkeel):
