@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,8 @@ def probe(
     clean = next(c.mean for c in cells if (c.attack, c.defence) == (NO_ATTACK, PLAIN))
     if not math.isfinite(clean):
         raise InputError("the clean run of the plain mean has no accuracy to compare with: give it labels to predict")
-    judged = tuple(
-        Cell(c.attack, c.defence, c.values, c.mean, c.low, c.high, _verdict(c.mean, clean, tolerance)) for c in cells
-    )
-    recipes = {name: tuple(line for line in _recipe(variant)) for name, variant in jobs.items()}
+    judged = tuple(replace(c, verdict=_verdict(c.mean, clean, tolerance)) for c in cells)
+    recipes = {name: tuple(_recipe(variant)) for name, variant in jobs.items()}
     found = Probe(
         clean, hostile, (NO_ATTACK, *attacks), recipes, left_out, judged, root / "probe.csv", root / "report.html"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,20 +15,13 @@ from torch import Tensor
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
 from fedkeel.core.types import ServerState
-from fedkeel.kernels import distance, native, neighbours, order
+from fedkeel.kernels import distance, neighbours, order
 from fedkeel.testing import cohort
 
 KEY = Key.root(4)
 
 
-@pytest.fixture(scope="module", params=["compiled", "plain"], autouse=True)
-def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "compiled" and isinstance(native.library(), str):
-        pytest.skip(str(native.library()))
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "plain":
-            patch.setattr(native, "library", lambda: "as if they were not built")
-        yield
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def random_rows(n: int, columns: int, seed: int = 0) -> Tensor:

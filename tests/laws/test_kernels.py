@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,20 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkeel.core.keys import Key
-from fedkeel.kernels import blocks, combine, distance, native, network, order
+from fedkeel.kernels import blocks, combine, distance, network, order
 
-WITHOUT = "as if they were not built"
-
-
-@pytest.fixture(scope="module", params=["compiled", "plain"], autouse=True)
-def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every law holds with the compiled kernels and without."""
-    if request.param == "compiled" and isinstance(native.library(), str):
-        pytest.skip(str(native.library()))
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "plain":
-            patch.setattr(native, "library", lambda: WITHOUT)
-        yield
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 FLOATS = st.floats(-(2.0**126), 2.0**126, width=32)

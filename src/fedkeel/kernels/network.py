@@ -27,24 +27,14 @@ class Step(NamedTuple):
 class Plan:
     """A straight-line program: registers 0..n-1 are the rows (never written), then come `scratch` working rows.
 
-    After the steps, the registers `kept` hold the values of ranks trim..n-trim-1, in no particular order.
+    `comparators` are the steps with the two of one pair together: (a, b, minimum to, maximum to), -1 where one is not
+    wanted. After the steps, the registers `kept` hold the values of ranks trim..n-trim-1, in no particular order.
     """
 
     steps: tuple[Step, ...]
+    comparators: tuple[tuple[int, int, int, int], ...]
     scratch: int
     kept: tuple[int, ...]
-
-    @property
-    def comparators(self) -> list[tuple[int, int, int, int]]:
-        """The steps with the two of one pair together: (a, b, minimum to, maximum to), -1 where one is not wanted."""
-        found: list[list[int]] = []
-        for is_max, a, b, out in self.steps:
-            if found and found[-1][:2] == [a, b] and found[-1][2 + is_max] < 0:
-                found[-1][2 + is_max] = out
-            else:
-                found.append([a, b, -1, -1])
-                found[-1][2 + is_max] = out
-        return [(a, b, low, high) for a, b, low, high in found]
 
 
 @lru_cache(maxsize=256)
@@ -164,4 +154,13 @@ def _allocate(n: int, comparators: list[list[int]], kept: tuple[int, ...]) -> Pl
             steps.append(Step(wire == j, a, b, out))
             at[wire] = out
         free += spent
-    return Plan(tuple(steps), count - n, tuple(at[w] for w in kept))
+    return Plan(tuple(steps), _paired(steps), count - n, tuple(at[w] for w in kept))
+
+
+def _paired(steps: list[Step]) -> tuple[tuple[int, int, int, int], ...]:
+    found: list[list[int]] = []
+    for is_max, a, b, out in steps:
+        if not (found and found[-1][:2] == [a, b] and found[-1][2 + is_max] < 0):
+            found.append([a, b, -1, -1])
+        found[-1][2 + is_max] = out
+    return tuple((a, b, low, high) for a, b, low, high in found)

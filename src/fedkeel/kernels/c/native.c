@@ -98,15 +98,7 @@ BEGIN_TARGET("avx512f,avx512vl,avx512dq,avx512bw,fma")
 #define TILE_N 4
 #define TILE_M 10
 #define LANES LANES_16
-#include "simd.h"
-#include "step.h"
-#include "rows.h"
-#undef NAME
-#undef V
-#undef TILE_B
-#undef TILE_N
-#undef TILE_M
-#undef LANES
+#include "set.h"
 END_TARGET
 
 BEGIN_TARGET("avx2,fma")
@@ -116,15 +108,7 @@ BEGIN_TARGET("avx2,fma")
 #define TILE_N 2
 #define TILE_M 5
 #define LANES LANES_8
-#include "simd.h"
-#include "step.h"
-#include "rows.h"
-#undef NAME
-#undef V
-#undef TILE_B
-#undef TILE_N
-#undef TILE_M
-#undef LANES
+#include "set.h"
 END_TARGET
 #endif
 
@@ -134,9 +118,7 @@ END_TARGET
 #define TILE_N 2
 #define TILE_M 4
 #define LANES LANES_4
-#include "simd.h"
-#include "step.h"
-#include "rows.h"
+#include "set.h"
 
 typedef struct {
     const char *name;

@@ -13,13 +13,10 @@ static double NAME(sq_norm)(const float *x, int64_t n) {
     return sum[0];
 }
 
-#define vec NAME(vec)
 #define ints NAME(ints)
 typedef int32_t ints __attribute__((vector_size(4 * V)));
 typedef double NAME(doubles) __attribute__((vector_size(8 * V)));
 #define doubles NAME(doubles)
-#define LOAD(p) ((vec) * (const NAME(loose) *)(p))
-#define STORE(p, x) (*(NAME(loose) *)(p) = (NAME(loose))(x))
 #if V == 16
 #define MINIMUM(x, y) ((vec)_mm512_min_ps((__m512)(x), (__m512)(y)))
 #define MAXIMUM(x, y) ((vec)_mm512_max_ps((__m512)(x), (__m512)(y)))
@@ -211,11 +208,8 @@ static void NAME(gram)(const float *const *rows, int64_t n, int64_t start, int64
     }
 }
 
-#undef vec
 #undef ints
 #undef doubles
-#undef LOAD
-#undef STORE
 #undef MINIMUM
 #undef MAXIMUM
 #undef LANES_OF

@@ -158,8 +158,5 @@ static void NAME(product)(const op *o, const float *a, long rows, long columns, 
 }
 
 #undef ADD_HALVES
-#undef vec
-#undef LOAD
-#undef STORE
 #undef LOAD_PART
 #undef STORE_PART
