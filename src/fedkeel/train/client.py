@@ -102,10 +102,14 @@ def first_failure(losses: Sequence[float], before: int) -> Outcome | None:
     return None
 
 
+def chunk(data: ClientData, size: int) -> int:
+    """How many examples are prepared at once: whole batches of `size`."""
+    return size * max(1, CHUNK_BYTES // (4 * size * max(1, data.x[0].numel())))
+
+
 def batches(data: ClientData, rows: Tensor, size: int, arrange: Callable[[Tensor], Tensor]) -> Iterator[Batch]:
     """Inputs, prepared and arranged, and labels of these rows of the data, `size` at a time."""
-    per_batch = 4 * size * max(1, data.x[0].numel())
-    for part in torch.split(rows, size * max(1, CHUNK_BYTES // per_batch)):
+    for part in torch.split(rows, chunk(data, size)):
         x = arrange(data.prepare(data.x.index_select(0, part)))
         y = data.y.index_select(0, part)
         yield from zip(torch.split(x, size), torch.split(y, size), strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedkeel.core.layout import Layout
 from fedkeel.kernels import native
-from fedkeel.train.client import CHUNK_BYTES
+from fedkeel.train.client import chunk
 from fedkeel.train.contract import ClientData, LocalWork, Scale
 from fedkeel.train.lower import BASES, LOSSES, ROWS, Lowered, X, Y
 from fedkeel.train.record import NotTraceableError
@@ -57,13 +57,12 @@ class NativeStep:
         if self._scale is not None:
             self._through(rows, self._data.x, self._labels, losses)
             return losses
-        chunk = self._size * max(1, CHUNK_BYTES // (4 * self._size * max(1, self._data.x[0].numel())))
-        for start in range(0, len(rows), chunk):
-            part = rows[start : start + chunk]
+        many = chunk(self._data, self._size)
+        for part, part_losses in zip(torch.split(rows, many), torch.split(losses, many), strict=True):
             x = self._data.prepare(self._data.x[part]).contiguous()
             if x.dtype != torch.float32:
                 raise TypeError(f"inputs of {x.dtype} have no compiled kernel")
-            self._through(torch.arange(len(part)), x, self._labels[part], losses[start : start + chunk])
+            self._through(torch.arange(len(part)), x, self._labels[part], part_losses)
         return losses
 
     def _through(self, rows: Tensor, x: Tensor, y: Tensor, losses: Tensor) -> None:
