@@ -126,8 +126,7 @@ def _jobs(job: Job, settings: Mapping[str, str], seeds: int) -> list[Job]:
     build_work(varied)
     for key, kind in (("data.source", "source"), ("data.partition", "partition"), ("model.build", "model")):
         varied.rule(key, kind)
-    if varied.attack.rule is not None:
-        varied.rule("attack.rule", "attack")
+    _ = varied.attacks
     return [varied.with_settings([f"seed={job.seed + s}"]) for s in range(seeds)]
 
 

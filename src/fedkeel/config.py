@@ -90,12 +90,18 @@ class Server(Section):
     """How the model moves along the aggregate."""
 
     optimiser: str = Field("sgd", description="`fedkeel rules server_optimiser`")
+    examples: Annotated[int, Field(ge=0)] = Field(
+        0, description="examples that the server holds itself, taken from the clients' evenly over the labels"
+    )
 
 
 class Attack(Section):
     """Hostile clients, in simulation only."""
 
-    rule: str | None = Field(None, description="what they do: `fedkeel rules attack`; nobody is hostile when left out")
+    rule: str | None = Field(
+        None,
+        description="what they do: `fedkeel rules attack`, joined by ' + '; nobody is hostile when left out",
+    )
     clients: Annotated[int, Field(ge=0)] = Field(0, description="how many of the clients are hostile")
 
 
@@ -146,6 +152,12 @@ class Job(Section):
     def cohort(self) -> int:
         """How many clients take part in a round."""
         return self.select.cohort or self.data.clients
+
+    @property
+    def attacks(self) -> tuple[Rule, ...]:
+        """The built attacks that `attack.rule` names, in order; none where nobody is hostile."""
+        texts = [] if self.attack.rule is None else split_list(self.attack.rule, "+")
+        return tuple(self._parsed("attack.rule", "attack", text) for text in texts)
 
     def rule(self, key: str, kind: str) -> Rule:
         """The built rule that a key such as `aggregate.reduce` names."""
@@ -219,8 +231,8 @@ def field_type(key: str) -> Any:
     return annotation
 
 
-def split_list(text: str) -> list[str]:
-    """Split at commas outside brackets and quotes: `mean,trimmed_mean(trim=2)`."""
+def split_list(text: str, separator: str = ",") -> list[str]:
+    """Split at commas, or another separator, outside brackets and quotes: `mean,trimmed_mean(trim=2)`."""
     parts, depth, quote, start = [], 0, "", 0
     for i, char in enumerate(text):
         if quote:
@@ -231,7 +243,7 @@ def split_list(text: str) -> list[str]:
             depth += 1
         elif char in ")]}":
             depth -= 1
-        elif char == "," and depth == 0:
+        elif char == separator and depth == 0:
             parts.append(text[start:i])
             start = i + 1
     parts.append(text[start:])

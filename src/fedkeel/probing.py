@@ -128,7 +128,7 @@ def probe(
     plugins.load(job.plugins)
     base = job.with_settings([f"record.evaluate_every={job.rounds}", "attack.clients=0", "attack.rule=none"])
     for attack in attacks:
-        base.with_settings([f"attack.rule={attack}", f"attack.clients={hostile}"]).rule("attack.rule", "attack")
+        _ = base.with_settings([f"attack.rule={attack}", f"attack.clients={hostile}"]).attacks
     bare = ["aggregate.screens=", "aggregate.weigh=examples", "aggregate.mix=", "aggregate.reduce=mean"]
     # Of a sampled cohort, one more hostile row than is to be expected.
     share = hostile if base.cohort == job.data.clients else math.ceil(hostile * base.cohort / job.data.clients) + 1

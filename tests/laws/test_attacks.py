@@ -79,7 +79,7 @@ def test_inflated_counts_are_claims_that_a_message_can_hold() -> None:
 
 
 def test_label_flip_is_its_own_inverse() -> None:
-    y = torch.arange(10)
+    x, y = torch.ones(10, 3), torch.arange(10)
     flip = build("attack", "label_flip")
-    assert flip(y, 10, KEYS[0]).tolist() == list(range(9, -1, -1))
-    assert torch.equal(flip(flip(y, 10, KEYS[0]), 10, KEYS[0]), y)
+    assert flip(x, y, 10, KEYS[0])[1].tolist() == list(range(9, -1, -1))
+    assert torch.equal(flip(*flip(x, y, 10, KEYS[0]), 10, KEYS[0])[1], y)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -103,12 +103,33 @@ class Decision(NamedTuple):
     skip: str | None = None
 
 
+class Judged(NamedTuple):
+    """Mean loss and accuracy of k models, (k,) float64 each; accuracy is NaN where there are no classes."""
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+class Referee(Protocol):
+    """The server's own examples, and what it can find out with them. Models and updates are (P,)."""
+
+    def judge(self, models: Iterable[Tensor]) -> Judged:
+        """Loss and accuracy of each model."""
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """The gradient of the mean loss, (P,); zero for buffers."""
+
+    def update(self, theta: Tensor, key: Key) -> Tensor:
+        """What a client with these examples would send, (P,): the job's own local work."""
+
+
 @dataclass(frozen=True)
 class Cohort:
     """Admitted rows only, in the order in which the clients were selected.
 
     U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of all columns.
-    `params` are the columns of U that are parameters (the rest are buffers).
+    `params` are the columns of U that are parameters (the rest are buffers), `layers` those of each tensor. `key` is
+    the round's own: what a rule draws comes from it. `referee` is there for rules with the trait "server_data".
     """
 
     U: Tensor
@@ -118,7 +139,10 @@ class Cohort:
     steps: Tensor
     norm: Tensor
     params: slice
+    layers: tuple[slice, ...]
     metrics: tuple[Mapping[str, float], ...]
+    key: Key
+    referee: Referee | None = None
 
     def __len__(self) -> int:
         return self.U.shape[0]
@@ -135,7 +159,8 @@ class ServerState:
 
     `version` counts models (it moves when a round is applied), `round` counts closed rounds (skipped ones included),
     `next_task` numbers the work given out.
-    `opt` and `control` hold vectors (P,), `trust` and `privacy` what their rules keep, as JSON values.
+    `opt` and `control` hold vectors (P,); `kept` what stateful screens and weighers keep (rule as written -> name,
+    mostly a client's -> vector); `trust` and `privacy` JSON values.
     """
 
     theta: Tensor
@@ -144,6 +169,7 @@ class ServerState:
     next_task: int = 0
     opt: Mapping[str, Tensor] = field(default_factory=dict)
     control: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     trust: Mapping[str, Any] = field(default_factory=dict)
     privacy: Mapping[str, Any] = field(default_factory=dict)
 

@@ -15,6 +15,8 @@ from fedkeel.kernels import blocks, native, network
 NETWORK_ROWS = 128  # above, the network's n log^2 n comparisons lose to numpy's vectorised sort
 _BLOCK_BYTES = 1 << 23  # working rows of one block: longer calls cost two workers fewer waits for each other
 _COMPILED_COLUMNS = 1 << 16  # per call: long beside the call's cost, short beside a worker's share
+_WEIGHTED_COLUMNS = 1 << 13
+_ROUNDING = 1e-6  # of sums of weights, in float
 _DEVICE_COLUMNS = 1 << 22  # on a GPU a block only bounds the memory
 
 
@@ -45,6 +47,40 @@ def mean_around_median(U: Tensor, keep: int, rows: Sequence[int] | None = None) 
     return _statistic(U, picked, 0, keep)
 
 
+def weighted_trimmed_mean(U: Tensor, weights: Sequence[float], share: float, rows: Sequence[int]) -> Tensor:
+    """Per column, the mean of the picked rows' values by their weights, without the `share` of the weight at each end.
+
+    Weights above 0, one a picked row, of sum 1; 0 <= share < 0.5. A value that the cut goes through counts with what
+    is left of its weight. All else as `trimmed_mean`.
+    """
+    picked = list(rows)
+    U, out = U.detach(), torch.empty(U.shape[1], dtype=U.dtype, device=U.device)
+    compiled = native.library()
+    whole = np.array([*weights, share], np.float32)
+    fits = U.device.type == "cpu" and U.dtype == torch.float32 and U.stride(1) == 1 and len(picked) <= NETWORK_ROWS
+    if fits and not isinstance(compiled, str):
+        _compiled(compiled, [U[i].data_ptr() for i in picked], network.sorter(len(picked)), 0, out, whole)
+        return out
+
+    def work(parts: Iterator[slice]) -> None:
+        for part in parts:
+            out[part] = _weighted(U[picked, part], torch.tensor(weights, dtype=torch.float64, device=U.device), share)
+
+    blocks.share(U.shape[1], _WEIGHTED_COLUMNS if U.device.type == "cpu" else _DEVICE_COLUMNS, work)
+    return out
+
+
+def _weighted(block: Tensor, weights: Tensor, share: float) -> Tensor:
+    """(n, columns) -> (columns,): the weighted trimmed mean, by sorting."""
+    values, order = block.sort(dim=0)
+    upto = weights[order].cumsum(0)
+    below = torch.cat([torch.zeros_like(upto[:1]), upto[:-1]])
+    inside = upto.clamp(max=1 - share) - below.clamp(min=share)
+    inside = torch.where(inside > min(_ROUNDING, 0.1 / len(block)), inside, 0.0)
+    total = torch.where(inside > 0, values.to(torch.float64) * inside, 0.0).sum(0) / inside.sum(0)
+    return torch.where(values[-1].isnan(), torch.nan, total).to(block.dtype)
+
+
 def _statistic(U: Tensor, picked: list[int], trim: int, keep: int) -> Tensor:
     """The trimmed mean, or where `keep` is not 0 the mean of so many values around the median."""
     U, out = U.detach(), torch.empty(U.shape[1], dtype=U.dtype, device=U.device)
@@ -61,11 +97,18 @@ def _statistic(U: Tensor, picked: list[int], trim: int, keep: int) -> Tensor:
     return out
 
 
-def _compiled(library: native.Library, rows: list[int], plan: network.Plan, keep: int, out: Tensor) -> None:
+def _compiled(
+    library: native.Library,
+    rows: list[int],
+    plan: network.Plan,
+    keep: int,
+    out: Tensor,
+    weights: NDArray[np.float32] | None = None,
+) -> None:
     """By the compiled kernel: rows by their addresses."""
     addresses, steps = np.array(rows, np.uintp), np.array(plan.comparators, np.int32)
     kept = np.array(plan.kept, np.int32)
-    places = (steps.ctypes.data, kept.ctypes.data, out.data_ptr())
+    places = (steps.ctypes.data, kept.ctypes.data, out.data_ptr(), weights.ctypes.data if weights is not None else 0)
     described = np.array([len(rows), len(steps), plan.scratch, len(kept), keep, *places], np.int64)
 
     def work(parts: Iterator[slice]) -> None:

@@ -68,6 +68,15 @@ class Plan:
         for rule in (*self.mixers, self.reducer):
             take(rule, left)
 
+    def check_referee(self, there: bool) -> None:
+        """Refuse rules that judge with the server's own examples where it has none."""
+        for rule in (*self.screens, *self.weighers):
+            if "server_data" in rule.definition.traits and not there:
+                raise InputError(
+                    f"{rule.kind} '{rule!r}' judges with the server's own examples, but it has none: "
+                    "set server.examples, as 200"
+                )
+
     def streams(self, columns: int) -> bool:
         """Whether this plan sums rows as they come: a mean by per-row weights, too large to be worth keeping."""
         per_row = all("per_row" in w.definition.traits for w in self.weighers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from fedkeel.core.errors import CohortError, DecodeError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
-from fedkeel.core.types import ClientRow, Cohort, Door, Refusal, RoundReport, ServerState, Update
+from fedkeel.core.types import Claims, ClientRow, Cohort, Door, Referee, Refusal, RoundReport, ServerState, Update
 from fedkeel.kernels import distance
 from fedkeel.round import wire
+from fedkeel.round.aggregate import Outcome, aggregate, sum_of
 from fedkeel.round.plan import Plan
 from fedkeel.round.rows import RowStore, RowSum
 
@@ -31,26 +32,21 @@ class _Admitted:
     weight: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What the arithmetic gave; weights, cosines and refusals by position in the admitted list."""
-
-    direction: Tensor = field(default_factory=lambda: torch.zeros(0))
-    norm: float = 0.0
-    weights: dict[int, float] = field(default_factory=dict)
-    cosines: dict[int, float] = field(default_factory=dict)
-    refused: dict[int, Refusal] = field(default_factory=dict)
-
-
 class Server:
     """`expect` what was given out, `offer` what comes in, `close` the round. Every message ends in one report.
 
     A refusal is returned and recorded, never raised: one bad client can not stop a round. `key` is the federation's:
-    mixers draw from it.
+    screens, weighers and mixers draw from it. `referee` judges for rules with the trait "server_data"; a plan with
+    such rules raises `InputError` without one.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, state: ServerState, key: Key) -> None:
+    def __init__(
+        self, plan: Plan, layout: Layout, state: ServerState, key: Key, referee: Referee | None = None
+    ) -> None:
+        plan.check_referee(referee is not None)
         self.plan = plan
+        self._referee = referee
+        self._layers = tuple(part for e in layout.entries if e.kind != "private" for part in layout.slices(e.name))
         self._key = key
         self.layout = layout
         self.state = state.replace(opt=state.opt or plan.optimiser.init(state.theta[layout.params]))
@@ -200,11 +196,11 @@ class Server:
         """
         self._admitted.sort(key=lambda a: a.task)
         refused: dict[int, Refusal] = {}
-        outcome = _Outcome(refused=refused)
+        outcome = Outcome()
         if skip is None:
             try:
                 outcome = self._reduce(refused)
-                self._step(outcome.direction)
+                self._step(outcome)
             except CohortError as error:
                 skip = str(error)
             except Exception as error:  # a user's rule, perhaps provoked by a row: the round is lost, not the run
@@ -213,68 +209,42 @@ class Server:
             self.state.round + 1,
             self.state.version,
             now,
-            self._rows(outcome, skip),
+            self._rows(outcome, refused, skip),
             skip,
             0.0 if skip else outcome.norm,
         )
         self._next_buffer()
         return report
 
-    def _reduce(self, refused: dict[int, Refusal]) -> _Outcome:
-        """The aggregate of the admitted rows; what screens and weighers refuse goes into `refused`, by position.
+    def preview(self, U: Tensor, claims: Sequence[Claims]) -> Tensor:
+        """What these rows (n, P) would come to if they were all that is sent, (P,); nothing changes.
 
-        Raises `CohortError` when too few are left for the plan's rules, or a rule gives what its kind may not.
+        Zero where the round would be skipped. Rules that draw draw as they will at the close.
         """
+        admitted, rows = [], []
+        for row, claim in zip(U, claims, strict=True):
+            update = self._measure(Update(claim, b"", 0), row)
+            if _first_refusal(self._body_checks, update, self.door) is None:
+                admitted.append(_Admitted(claim.task, update, self.state.version - claim.base_version))
+                rows.append(row)
+        try:
+            if not rows:
+                raise CohortError("no update was admitted")
+            return aggregate(self.plan, self._cohort(torch.stack(rows), admitted), self.state, {}).direction
+        except CohortError:
+            return torch.zeros_like(self.state.theta)
+
+    def _reduce(self, refused: dict[int, Refusal]) -> Outcome:
+        """The aggregate of the admitted rows; who is refused on the way goes into `refused`, by position."""
         if not self._admitted:
             raise CohortError("no update was admitted")
-        if self._streams:
-            self._sum.fold(math.inf)
-            weights = torch.tensor([a.weight for a in self._admitted], dtype=torch.float64)
-            total = _sum_of(weights)
-            direction = (self._sum.total / total).to(torch.float32)
-            return _Outcome(
-                direction, math.sqrt(distance.sq_norm(direction)), dict(enumerate((weights / total).tolist()))
-            )
-        cohort = self._cohort(self._store.in_order(), self._admitted)
-        kept = self._screen(cohort, refused)
-        if len(kept) < len(cohort):
-            cohort = self._take(cohort, kept)
-        for rule in (*self.plan.weighers, self.plan.reducer):
-            if rule.needs > len(cohort):
-                raise CohortError(f"{rule.kind} '{rule!r}' needs {rule.needs} rows, {len(cohort)} were left")
-        weights = torch.ones(len(cohort), dtype=torch.float64)
-        for rule in self.plan.weighers:
-            given = rule(cohort, self.state)
-            if given.shape != weights.shape or not bool((torch.isfinite(given) & (given >= 0)).all()):
-                raise CohortError(f"weigher '{rule!r}' gave weights that are not {len(weights)} numbers of 0 or more")
-            for row in torch.nonzero((given == 0) & (weights > 0)).flatten().tolist():
-                refused[kept[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0")
-            weights = weights * given
-        shares = weights / _sum_of(weights)
-        mixed, mixed_weights = cohort.U, weights
-        for rule in self.plan.mixers:
-            mixed, mixed_weights = rule(mixed, mixed_weights, self._key.fold("mix", rule.name, self.state.round))
-        direction = self.plan.reducer(mixed, mixed_weights)
-        if direction.shape != self.state.theta.shape:
-            raise CohortError(f"reducer '{self.plan.reducer!r}' gave shape {tuple(direction.shape)}, not (P,)")
-        norm = math.sqrt(distance.sq_norm(direction))
-        cosines = _cosines(cohort, direction, norm)
-        return _Outcome(
-            direction,
-            norm,
-            dict(zip(kept, shares.tolist(), strict=True)),
-            dict(zip(kept, cosines, strict=True)),
-            refused,
-        )
-
-    def _screen(self, cohort: Cohort, refused: dict[int, Refusal]) -> list[int]:
-        for rule in self.plan.screens:
-            for row, (reason, score) in rule(cohort, self.state).items():
-                refused.setdefault(int(row), Refusal("screen", rule.name, str(reason), float(score)))
-        kept = [row for row in range(len(cohort)) if row not in refused]
-        if not kept:
-            raise CohortError("no update was left after screening")
-        return kept
+        if not self._streams:
+            return aggregate(self.plan, self._cohort(self._store.in_order(), self._admitted), self.state, refused)
+        self._sum.fold(math.inf)
+        weights = torch.tensor([a.weight for a in self._admitted], dtype=torch.float64)
+        total = sum_of(weights)
+        direction = (self._sum.total / total).to(torch.float32)
+        return Outcome(direction, math.sqrt(distance.sq_norm(direction)), dict(enumerate((weights / total).tolist())))
 
     def _cohort(self, U: Tensor, admitted: Sequence[_Admitted]) -> Cohort:
         claims = [a.update.claims for a in admitted]
@@ -286,26 +256,23 @@ class Server:
             _float64(c.steps for c in claims),
             _float64(a.update.norm for a in admitted),
             self.layout.params,
+            self._layers,
             tuple(c.metrics for c in claims),
+            self._key.fold("cohort", self.state.round),
+            self._referee,
         )
 
-    def _take(self, cohort: Cohort, kept: list[int]) -> Cohort:
-        for to, row in enumerate(kept):  # ascending, so nothing needed is overwritten; no second matrix
-            if to != row:
-                cohort.U[to] = cohort.U[row]
-        return self._cohort(cohort.U[: len(kept)], [self._admitted[row] for row in kept])
-
-    def _step(self, direction: Tensor) -> None:
+    def _step(self, outcome: Outcome) -> None:
         """Move the model: the optimiser on parameters, buffers by plain addition."""
-        params, state = self.layout.params, self.state
+        params, state, direction = self.layout.params, self.state, outcome.direction
         theta, opt = self.plan.optimiser(state.theta[params], direction[params], state.opt)
         if params.stop < direction.numel():
             theta = torch.cat([theta, state.theta[params.stop :] + direction[params.stop :]])
         if not math.isfinite(distance.sq_norm(theta)):
             raise CohortError("the aggregate is not finite")
-        self.state = state.replace(theta=theta, opt=opt, version=state.version + 1)
+        self.state = state.replace(theta=theta, opt=opt, kept=outcome.kept, version=state.version + 1)
 
-    def _rows(self, outcome: _Outcome, skip: str | None) -> tuple[ClientRow, ...]:
+    def _rows(self, outcome: Outcome, refused: Mapping[int, Refusal], skip: str | None) -> tuple[ClientRow, ...]:
         rows = []
         for i, admitted in enumerate(self._admitted):
             row = _described(admitted.update)
@@ -313,7 +280,7 @@ class Server:
             rows.append(
                 replace(
                     row,
-                    refusal=outcome.refused.get(i),
+                    refusal=refused.get(i),
                     weight=weight,
                     cosine=None if skip else outcome.cosines.get(i),
                     staleness=admitted.staleness,
@@ -362,18 +329,5 @@ def _first_refusal(checks: Sequence[Rule], update: Update, door: Door) -> Refusa
     return None
 
 
-def _sum_of(weights: Tensor) -> float:
-    total = float(weights.sum())
-    if not (math.isfinite(total) and total > 0):
-        raise CohortError(f"the weights of {len(weights)} updates sum to {total:g}")
-    return total
-
-
 def _float64(values: Iterable[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
-
-
-def _cosines(cohort: Cohort, direction: Tensor, norm: float) -> list[float]:
-    along = (cohort.U @ direction).double()
-    lengths = cohort.norm * norm
-    return torch.where(lengths > 0, along / lengths.clamp_min(1e-300), 0.0).clamp(-1, 1).tolist()

@@ -2,9 +2,11 @@
 
 "rows":   `(U (n, P), bad (f,) int64, keys) -> (f, P)`, what the clients `bad` send instead of their own rows. U holds
           what every client would honestly send; each attack says what of it the attackers see.
-          Those that look at benign rows send their own where there is none.
+          Those that look at benign rows send their own where there is none. With the trait "adaptive" it takes a
+          fourth argument, `aggregate(U) -> (P,)`: what the server would make of these rows, whatever its rules.
 "claims": `(num_examples (f,) int64, keys) -> (f,) int64`, the example counts they claim.
-"data":   `(y, classes, key) -> y`, the labels one client trains on.
+"data":   `(x, y, classes, key) -> (x, y)`, the inputs (as stored) and labels one client trains on. With the trait
+          "trigger" it has a parameter `share`: at 1 it marks every example and gives it the label that is wanted.
 
 keys holds one `Key` per hostile client.
 """
@@ -12,7 +14,7 @@ keys holds one `Key` per hostile client.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Annotated, Literal
 
@@ -181,6 +183,51 @@ def sybil(U: Tensor, bad: Tensor, keys: Sequence[Key], *, scale: Positive = 1.0)
     return _copies(_mean_and_std(U, bad.tolist())[0] * -scale, len(bad))
 
 
+@rule("attack", traits=("rows", "adaptive"))
+def tailored(
+    U: Tensor,
+    bad: Tensor,
+    keys: Sequence[Key],
+    aggregate: Callable[[Tensor], Tensor],
+    *,
+    tries: Annotated[int, Field(ge=1)] = 6,
+) -> Tensor:
+    """All send mean + g p, p and g chosen by trying out the server's own rules for the farthest-off aggregate.
+
+    Shejwalkar and Houmansadr 2021, section 4.1 (the defence is known), for any defence: p is as in min_max, or
+    minus the mean with every attacker's own noise about it, so that no two rows are alike; g is `tries` powers of 2
+    apart, from a quarter of the benign rows' spread. They see every benign row and all that the server knows, but
+    for what it draws.
+    """
+    benign = _benign(U, bad)
+    if len(benign) < 2 or not len(bad):
+        return U[bad]
+    mean, std = _mean_and_std(U, benign)
+    length, spread = math.sqrt(distance.sq_norm(mean)), math.sqrt(distance.sq_norm(std))
+    if not (math.isfinite(spread) and spread > 0 and length > 0):
+        return U[bad]
+    noise = torch.stack([torch.randn(U.shape[1], generator=key.fold("tailored").torch()) for key in keys]).to(U)
+    noise.mul_(std)
+    sign = mean.sign()
+    candidates = (
+        (-std / spread, None),
+        (-mean / length, None),
+        (-sign / math.sqrt(distance.sq_norm(sign)), None),
+        (-mean / length, noise),
+    )
+    best, farthest = U[bad], -1.0
+    for p, own in candidates:
+        for power in range(tries):
+            rows = (mean + p * (spread * 2.0 ** (power - 2))).expand(len(bad), -1)
+            rows = rows.clone() if own is None else rows + own
+            sent = U.clone()
+            sent[bad] = rows
+            off = distance.sq_norm(aggregate(sent) - mean)
+            if off > farthest:
+                best, farthest = rows, off
+    return best
+
+
 def _benign(U: Tensor, bad: Tensor) -> list[int]:
     hostile = set(bad.tolist())
     return [i for i in range(U.shape[0]) if i not in hostile]
@@ -232,6 +279,37 @@ def inflated_count(num_examples: Tensor, keys: Sequence[Key], *, factor: Positiv
 
 
 @rule("attack", traits=("data",))
-def label_flip(y: Tensor, classes: int, key: Key) -> Tensor:
+def label_flip(x: Tensor, y: Tensor, classes: int, key: Key) -> tuple[Tensor, Tensor]:
     """Train on labels y -> classes - 1 - y (Fang et al. 2020, section 4.1)."""
-    return classes - 1 - y
+    return x, classes - 1 - y
+
+
+@rule("attack", traits=("data", "trigger"))
+def backdoor(
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    key: Key,
+    *,
+    target: Annotated[int, Field(ge=0)] = 0,
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5,
+    size: Annotated[int, Field(ge=1)] = 3,
+) -> tuple[Tensor, Tensor]:
+    """Train on a `share` of the examples with a mark of `size` x `size` bright pixels and the label `target`.
+
+    Gu et al. 2017 (BadNets), as Bagdasaryan et al. 2020 bring it into a federation. The mark lies one pixel from the
+    last corner of the last two dimensions, or in the last `size` features of a flat input; it has the largest value
+    among the client's inputs. Success is the share of marked test examples of other classes that are taken for
+    `target`; a target that is no class means the last one.
+    """
+    chosen = torch.randperm(len(y), generator=key.fold("backdoor").torch())[: math.ceil(share * len(y))]
+    x, y = x.clone(), y.clone()
+    if len(chosen):
+        rows = torch.zeros(len(y), dtype=torch.bool).index_fill_(0, chosen, True)
+        edge = 1 if x.dim() > 2 and min(x.shape[-2:]) > size else 0
+        last = slice(-size - edge, -edge or None)
+        mark = torch.zeros(x.shape[1:], dtype=torch.bool)
+        mark[(..., last, last) if x.dim() > 2 else (..., last)] = True
+        x[rows[(...,) + (None,) * (x.dim() - 1)] & mark] = x.max()
+        y[rows] = min(target, classes - 1)
+    return x, y

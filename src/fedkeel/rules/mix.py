@@ -76,6 +76,22 @@ def norm_cap(
     return _capped(U, rows, lengths, limit), w
 
 
+@rule("mixer")
+def equal_norms(U: Tensor, w: Tensor, key: Key) -> tuple[Tensor, Tensor]:
+    """Scale every row, up or down, to the median norm of the rows: none counts for more by its length.
+
+    As FLTrust does with the norm of the server's own update (Cao et al. 2021, equation 3). Rows of zero stay zero.
+    Holds a second matrix (n, P).
+    """
+    rows = _used(w, 1, "equal_norms")
+    lengths = _lengths(U, rows)
+    limit, V = float(lengths.median()), U.clone()
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        if length > 0:
+            V[row] *= limit / length if math.isfinite(length) else math.nan
+    return V, w
+
+
 @rule("mixer", needs=lambda f: 2 * f + 1)
 def arc(U: Tensor, w: Tensor, key: Key, *, f: Hostile) -> tuple[Tensor, Tensor]:
     """Scale the floor(2 f (n - f) / n) longest rows down to the next one's norm: adaptive robust clipping.

@@ -50,6 +50,17 @@ def trimmed_mean(U: Tensor, w: Tensor, *, trim: Annotated[int, Field(ge=0)]) -> 
     return order.trimmed_mean(U, trim, rows)
 
 
+@rule("reducer", traits=("coordinatewise", "robust", "weighted"))
+def weighted_trimmed_mean(U: Tensor, w: Tensor, *, share: Annotated[float, Field(ge=0, lt=0.5)] = 0.1) -> Tensor:
+    """Weighted mean of each column without the `share` of the weight at either end; near 0.5 the weighted median.
+
+    Yin et al. 2018, definition 2, by weight instead of by count: what hostile rows weigh together must stay below
+    `share` of all.
+    """
+    rows = _used(U, w, 1, "weighted_trimmed_mean")
+    return order.weighted_trimmed_mean(U, _shares(w)[rows].tolist(), share, rows)
+
+
 @rule("reducer", needs=lambda f: 2 * f + 1, traits=("coordinatewise", "robust", "unweighted"))
 def mean_around_median(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
     """Mean of each column's n - f values nearest to its median; weights above 0 are ignored.

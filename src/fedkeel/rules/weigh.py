@@ -1,20 +1,30 @@
 """Weighers: what each admitted row counts, `(cohort, state) -> (n,) float64 >= 0`. Weighers multiply; 0 excludes.
 
-Trait "per_row": a row's weight depends on that row alone, so a server may weigh rows as they come.
+A weigher registered with `init` is stateful: `(cohort, state, kept) -> (weights, kept)`, kept a mapping of names to
+vectors; that of a round which is skipped is dropped. Traits: "server_data" (asks the cohort's referee), "trust" (keeps
+each client's trust under its name, one figure), "per_row" (a row's weight depends on that row alone, so a server may
+weigh rows as they come).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedkeel.core.errors import CohortError
+from fedkeel.core.errors import CohortError, InputError
 from fedkeel.core.registry import rule
-from fedkeel.core.types import Cohort, ServerState
-from fedkeel.kernels import neighbours
+from fedkeel.core.types import Cohort, Referee, ServerState
+from fedkeel.kernels import combine, distance, neighbours
+
+Kept = Mapping[str, Tensor]
+_LEAST = 1e-2  # of the largest weight: less is none
+_TINY = 1e-300
+_ONE = torch.ones((), dtype=torch.float64)
 
 
 @rule("weigher", traits=("per_row",))
@@ -52,6 +62,103 @@ def multi_krum(
     """
     m = len(cohort) - f if m is None else m
     return _best(cohort, f, m, f"multi_krum(f={f}, m={m})")
+
+
+@rule("weigher", init=lambda **_: {}, traits=("server_data", "trust"))
+def learned(
+    cohort: Cohort,
+    state: ServerState,
+    kept: Kept,
+    *,
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5,
+    steps: Annotated[int, Field(ge=2)] = 20,
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+) -> tuple[Tensor, Kept]:
+    """The weights that make the aggregate best on the server's own examples, smoothed over rounds.
+
+    After Li et al. 2023 (FedLAW), who learn weights on proxy data. That hostile rows gain nothing is ours: no weight is
+    above 1 / (keep n), so at least `keep` of the rows share it and few examples are not overfitted; a row that points
+    against the aggregate weighs nothing; and `memory` of a client's weight comes from the rounds before. Projected
+    gradient descent on the mean loss of theta + sum_i w_i U_i over {w >= 0, sum w = 1, w <= cap}, from the weights
+    kept, in `steps` steps of at most 1 / n a row; the mean of the later half counts. Rows longer than the median are
+    judged as scaled down to it: put the mixer norm_cap() after it. A step costs one gradient on the server's examples,
+    and two passes over the rows.
+    """
+    n, referee = len(cohort), _referee(cohort)
+    rows = _finite(cohort, "learned")
+    cap = max(1 / max(math.floor(keep * n), 1), 1 / len(rows))
+    scale = torch.zeros(n, dtype=torch.float64)
+    scale[rows] = (cohort.norm[rows].median() / cohort.norm[rows]).nan_to_num(nan=1.0).clamp(max=1.0)
+    before = torch.zeros(n, dtype=torch.float64)
+    before[rows] = _shares(torch.stack([kept.get(cohort.client[i], _ONE) for i in rows]).clamp(min=_LEAST))
+
+    def model(w: Tensor) -> Tensor:
+        return combine.weighted_sum(cohort.U, w * scale)
+
+    w, total, steepest = before, torch.zeros_like(before), 0.0
+    for step in range(steps):
+        slope = distance.along(cohort.U, referee.gradient(state.theta + model(w))).cpu()[rows] * scale[rows]
+        slope -= slope.mean()
+        steepest = max(steepest, float(slope.abs().max()))
+        if not (math.isfinite(steepest) and steepest > 0):
+            break
+        w = w.index_copy(0, torch.tensor(rows), _on_capped_simplex(w[rows] - slope / (steepest * n), cap))
+        if step >= steps // 2:
+            total += w
+    w = _shares(total) if bool(total.any()) else w
+    for _ in range(2):  # who is left out moves the aggregate
+        against = torch.nan_to_num(distance.along(cohort.U, model(w)).cpu()) < 0
+        w = _shares(torch.where(against, 0.0, w))
+    w = memory * before + (1 - memory) * w
+    kept = {**kept, **{cohort.client[i]: w[i] * len(rows) for i in rows}}
+    return torch.where(w > _LEAST * w.max(), w, 0.0), kept
+
+
+@rule("weigher", traits=("server_data",))
+def fltrust(cohort: Cohort, state: ServerState) -> Tensor:
+    """The cosine of each row with the server's own update, 0 where it is negative (Cao et al. 2021, FLTrust).
+
+    The server's update is the job's local work on the server's examples. The paper scales every row to its norm:
+    put the mixer equal_norms() after it, which scales all rows to one. Raises `CohortError` when every weight is 0.
+    """
+    rows = _finite(cohort, "fltrust")
+    own = _referee(cohort).update(state.theta, cohort.key.fold("fltrust"))
+    length = math.sqrt(distance.sq_norm(own))
+    lengths = cohort.norm[rows] * length
+    along = distance.along(cohort.U, own).cpu()[rows]
+    w = torch.zeros(len(cohort), dtype=torch.float64)
+    w[rows] = torch.where(lengths > 0, along / lengths.clamp(min=_TINY), 0.0).clamp(0, 1)
+    if not bool(w.any()):
+        raise CohortError("fltrust found no row that points the way of the server's own update")
+    return w
+
+
+def _finite(cohort: Cohort, name: str) -> list[int]:
+    """The rows that are finite. Raises `CohortError` when there are none."""
+    rows: list[int] = torch.nonzero(torch.isfinite(cohort.norm)).flatten().tolist()
+    if not rows:
+        raise CohortError(f"{name} met no row that is finite: put the check 'finite' before it")
+    return rows
+
+
+def _shares(w: Tensor) -> Tensor:
+    return w / w.sum()
+
+
+def _referee(cohort: Cohort) -> Referee:
+    if cohort.referee is None:
+        raise InputError("a rule judges with the server's own examples, but it has none: set server.examples, as 200")
+    return cohort.referee
+
+
+def _on_capped_simplex(v: Tensor, cap: float) -> Tensor:
+    """The nearest point to v (n,) of {w >= 0, sum w = 1, w <= cap}, n cap >= 1: v less a shift, cut at both ends."""
+    low, high = float(v.min()) - cap, float(v.max())
+    for _ in range(64):  # the sum falls with the shift: halve the interval
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((v - middle).clamp(0, cap).sum()) > 1 else (low, middle)
+    w = (v - low).clamp(0, cap)
+    return w / w.sum()
 
 
 def _best(cohort: Cohort, f: int, m: int, name: str) -> Tensor:

@@ -33,13 +33,15 @@ def save(
 ) -> Path:
     """Write `directory/round-000010.safetensors` atomically and return its path.
 
-    It holds theta, opt/*, control/*, memory/<client>/<name> as tensors; version, round, trust, privacy, the layout's
-    digest and `extra` as JSON. A kill at any moment, a full disk or a missing directory (`RunError`) leaves the
-    checkpoints before it whole.
+    It holds theta, opt/*, control/*, kept/<rule>/<name>, memory/<client>/<name> as tensors; version, round, trust,
+    privacy, the layout's digest and `extra` as JSON. A kill at any moment, a full disk or a missing directory
+    (`RunError`) leaves the checkpoints before it whole.
     """
     content: dict[str, Tensor] = {"theta": state.theta}
     content |= {f"opt/{name}": value for name, value in state.opt.items()}
     content |= {f"control/{name}": value for name, value in state.control.items()}
+    for rule, values in state.kept.items():
+        content |= {f"kept/{quote(rule, safe='')}/{quote(name, safe='')}": value for name, value in values.items()}
     for client, name, value in memory.items():
         content[f"memory/{quote(client, safe='')}/{name}"] = value
     info = {
@@ -74,6 +76,7 @@ def load(path: Path, *, layout_digest: str | None = None) -> tuple[ServerState, 
         raise InputError(f"{path} holds a model of another layout: resume with the model that the run began with")
     groups: dict[str, dict[str, Tensor]] = {"opt": {}, "control": {}}
     held: dict[str, dict[str, Tensor]] = {}
+    kept: dict[str, dict[str, Tensor]] = {}
     for key, value in content.items():
         group, _, name = key.partition("/")
         if group in groups:
@@ -81,6 +84,9 @@ def load(path: Path, *, layout_digest: str | None = None) -> tuple[ServerState, 
         elif group == "memory":
             client, _, name = name.partition("/")
             held.setdefault(unquote(client), {})[name] = value
+        elif group == "kept":
+            rule, _, name = name.partition("/")
+            kept.setdefault(unquote(rule), {})[unquote(name)] = value
     memory = ClientMemory()
     for client, values in held.items():
         memory.keep(client, values)
@@ -91,6 +97,7 @@ def load(path: Path, *, layout_digest: str | None = None) -> tuple[ServerState, 
         next_task=info["next_task"],
         opt=groups["opt"],
         control=groups["control"],
+        kept=kept,
         trust=info["trust"],
         privacy=info["privacy"],
     )

@@ -19,8 +19,8 @@ from fedkeel.round.plan import Plan
 from fedkeel.round.wire import MAX_NAME
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
-from fedkeel.sim.pool import Pool, clients
-from fedkeel.train import LocalWork, Trainer, evaluate, make_trainer
+from fedkeel.sim.pool import Pool, clients, keep_back
+from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
 from fedkeel.train.contract import ClientData, Prepare
 
 Z95 = 1.959963984540054
@@ -46,6 +46,7 @@ class Federation:
     plan: Plan
     work: LocalWork
     adversary: Adversary
+    referee: ServerExamples | None
 
     @classmethod
     def of(cls, job: Job) -> Federation:
@@ -55,6 +56,10 @@ class Federation:
             pool: Pool = job.rule("data.source", "source")(key.fold("source"))
             if not isinstance(pool, Pool):
                 raise InputError(f"the source returned {type(pool).__name__}: return a fedkeel.Pool")
+        own: Pool | None = None
+        if job.server.examples:
+            with _about("server.examples"):
+                pool, own = keep_back(pool, job.server.examples, key.fold("server"))
         with _about("data.partition"):
             split = job.rule("data.partition", "partition")(pool, job.data.clients, key.fold("partition"))
             data, holdout = clients(pool, split, key.fold("clients"), holdout=job.data.holdout)
@@ -71,10 +76,16 @@ class Federation:
                 "model.private keeps layers on the clients, so each client's own model must be tested: "
                 "set data.holdout, as 0.2"
             )
-        attack = job.rule("attack.rule", "attack") if job.attack.rule is not None else None
-        adversary = Adversary.among(split.names, job.attack.clients, attack, key.fold("attack"))
+        adversary = Adversary.among(split.names, job.attack.clients, job.attacks, key.fold("attack"))
         data = adversary.poison(data, split.names, pool.classes)
-        return cls(job, key, pool, data, holdout, split.names, module, layout, plan, work, adversary)
+        referee = None
+        if own is not None:
+            if layout.width > layout.columns:
+                raise InputError("server.examples can not judge models with private layers: leave out one of the two")
+            offsets = torch.tensor([0, len(own)])
+            referee = ServerExamples(module, layout, ClientData(own.x, own.y, offsets, own.prepare), work)
+        plan.check_referee(referee is not None)
+        return cls(job, key, pool, data, holdout, split.names, module, layout, plan, work, adversary, referee)
 
     def trainer(self, backend: str | None = None) -> Trainer:
         train = self.job.train
@@ -105,6 +116,8 @@ class Federation:
     def evaluate(self, theta: Tensor, memory: ClientMemory) -> tuple[dict[str, Value], int]:
         """The model's metrics with 95% intervals, and on how many examples.
 
+        Under an attack with a trigger, `backdoor` is its success: the share of marked examples of other classes that
+        are taken for the wanted one.
         With private columns: the mean over clients of each one's own model on its own holdout.
         """
         start = self.private()
@@ -112,7 +125,12 @@ class Federation:
             pool = self.pool
             found = self._measure(theta, pool.test_x, pool.test_y, pool.prepare)
             examples = int(found["examples"])
-            return _with_intervals(found, examples), examples
+            values = _with_intervals(found, examples)
+            marked = self.adversary.triggered(pool.test_x, pool.test_y, pool.classes)
+            if marked is not None and len(marked[0]):
+                success = self._measure(theta, *marked, pool.prepare)["accuracy"]
+                values["backdoor"] = (success, *wilson(success, len(marked[0])))
+            return values, examples
         assert self.holdout is not None
         per_client = []
         for index, name in enumerate(self.names):
@@ -121,7 +139,7 @@ class Federation:
             vector = split_private(theta, own, self.layout)
             x, y = self.holdout.x[first:last], self.holdout.y[first:last]
             per_client.append(self._measure(vector, x, y, self.holdout.prepare))
-        values: dict[str, Value] = {
+        values = {
             metric: _mean_interval([float(found[metric]) for found in per_client])
             for metric in ("loss", "accuracy")
             if metric in per_client[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,22 @@ class Pool:
             prepare=prepare,
             labels=labels,
         )
+
+
+def keep_back(pool: Pool, count: int, key: Key) -> tuple[Pool, Pool]:
+    """The pool without `count` training examples, drawn by `key` evenly over the labels, and a pool of those.
+
+    Raises `InputError` when the pool has not more than so many.
+    """
+    if not 0 < count < len(pool):
+        raise InputError(f"{count} examples are asked for, the pool has {len(pool)}: ask for fewer")
+    taken = _test_rows(pool.y, None, count / len(pool), key)
+
+    def part(rows: Tensor) -> Pool:
+        group = None if pool.group is None else pool.group[rows]
+        return replace(pool, x=pool.x[rows], y=pool.y[rows], group=group)
+
+    return part(~taken), part(taken)
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,7 @@ class Simulator:
         self.memory = memory
         self.recorder = recorder
         record = federation.job.record
-        self.server = Server(federation.plan, federation.layout, state, federation.key)
+        self.server = Server(federation.plan, federation.layout, state, federation.key, federation.referee)
         self.coordinator = Coordinator(
             federation.plan,
             self.server,
@@ -193,7 +193,7 @@ class Simulator:
         clients = [c.client for c in claims]
         row_keys = [keys[c] for c in clients]
         rows = device.transform(rows, row_keys, clients, self.memory, federation.plan, federation.layout)
-        rows = federation.adversary.craft_(rows, clients, round)
+        rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
             sealed = device.encode(rows[i : i + 1], [row_keys[i]], [claim], federation.plan)
             yield _Outcome(claim.client, claim.task, sealed[0])

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import pickle
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import Rule, build, definition
-from fedkeel.core.types import Cohort
+from fedkeel.core.types import Cohort, Judged, ServerState
 
 Law = Callable[[Rule], None]
 LAWS: dict[str, list[tuple[str | None, Law]]] = {}
@@ -76,6 +76,23 @@ def rows(n: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(columns, generator=generator) + torch.randn(n, columns, generator=generator)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bowl:
+    """A referee whose loss is |model - 1|^2 / 2: what good updates are is known. Accuracy falls with the loss."""
+
+    columns: int
+
+    def judge(self, models: Iterable[Tensor]) -> Judged:
+        loss = torch.tensor([0.5 * float((m.double() - 1).square().sum()) for m in models], dtype=torch.float64)
+        return Judged(loss, 1 / (1 + loss))
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        return theta - 1
+
+    def update(self, theta: Tensor, key: Key) -> Tensor:
+        return 0.5 * (1 - theta)
+
+
 def cohort(U: Tensor, order: Sequence[int] | None = None) -> Cohort:
     """A cohort of rows (n, P), client i having 10 (i + 1) examples; `order` lists the clients in another order."""
     at = list(range(U.shape[0])) if order is None else list(order)
@@ -83,7 +100,18 @@ def cohort(U: Tensor, order: Sequence[int] | None = None) -> Cohort:
     U = U[at]
     norm, zero = U.double().norm(dim=1), torch.zeros(len(at), dtype=torch.float64)
     names = tuple(f"client-{i:04d}" for i in at)
-    return Cohort(U, names, counts, zero, zero + 5, norm, slice(0, U.shape[1]), tuple({} for _ in at))
+    columns, third = U.shape[1], -(-U.shape[1] // 3)
+    layers = tuple(slice(start, min(start + third, columns)) for start in range(0, columns, max(third, 1)))
+    metrics: tuple[dict[str, float], ...] = tuple({} for _ in at)
+    return Cohort(U, names, counts, zero, zero + 5, norm, slice(0, columns), layers, metrics, KEY, Bowl(columns))
+
+
+def asked(rule: Rule, given: Cohort, kept: Mapping[str, Tensor] | None = None) -> Any:
+    """What a screen or weigher says of the cohort, theta being 0; a stateful one after `kept`, by default the first."""
+    args: list[Any] = [given, ServerState(torch.zeros(given.U.shape[1]))]
+    if rule.definition.init is None:
+        return repeatable(rule, *args)
+    return repeatable(rule, *args, rule.init() if kept is None else kept)[0]
 
 
 def hold(condition: bool, words: str) -> None:
@@ -108,7 +136,7 @@ def same(found: Any, wanted: Any) -> bool:
         return found.keys() == wanted.keys() and all(same(found[k], wanted[k]) for k in found)
     if isinstance(found, tuple | list):
         return len(found) == len(wanted) and all(same(a, b) for a, b in zip(found, wanted, strict=True))
-    return bool(found == wanted)
+    return bool(found == wanted) or (isinstance(found, float) and found != found and wanted != wanted)
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -130,11 +130,18 @@ def treats_each_column_by_itself(rule: Rule) -> None:
         near(rule(U[:, part], w), whole[part], float(U.abs().max()), f"columns {part.start}:{part.stop} alone", 1e-6)
 
 
+def _hostile(rule: Rule, n: int) -> int:
+    """How many of n rows of equal weight the rule is to withstand."""
+    if "share" in rule.parameters:
+        return int(rule.parameters["share"] * n)
+    return int(rule.parameters.get("f", rule.parameters.get("trim", (n - 1) // 2)))
+
+
 @law("reducer", "robust")
 def is_bounded_whatever_a_minority_sends(rule: Rule) -> None:
     """The distance from the honest mean is at most 2 (n - f) / (n - 2 f) times the honest radius (Minsker 2015)."""
     for (n, columns), value in product(_sizes(rule), (HUGE, -HUGE, 1e6, 30.0)):
-        f = rule.parameters.get("f", rule.parameters.get("trim", (n - 1) // 2))
+        f = _hostile(rule, n)
         honest = rows(n - f, columns).double()
         centre = honest.mean(0)
         radius = float((honest - centre).norm(dim=1).max())
@@ -151,7 +158,7 @@ def is_bounded_whatever_a_minority_sends(rule: Rule) -> None:
 def is_where_most_rows_agree(rule: Rule) -> None:
     """The same bound with a radius of 0: equal rows in the majority, and a minority of which one lies far away."""
     n = max(rule.needs, 9)
-    f = min(rule.parameters.get("f", rule.parameters.get("trim", n)), (n - 1) // 2)
+    f = min(_hostile(rule, n), (n - 1) // 2)
     for far in (1e3, 1e12, 1e30):
         U = torch.ones(n, 10)
         U[:f] = rows(f, 10)

@@ -3,12 +3,14 @@
 from fedkeel.train.backends import backends, make_trainer
 from fedkeel.train.contract import ClientData, LocalWork, Prepare, Scale, Task, Tokens, Trained, Trainer
 from fedkeel.train.evaluate import evaluate
+from fedkeel.train.referee import ServerExamples
 
 __all__ = [
     "ClientData",
     "LocalWork",
     "Prepare",
     "Scale",
+    "ServerExamples",
     "Task",
     "Tokens",
     "Trained",

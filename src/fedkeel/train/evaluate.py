@@ -16,7 +16,7 @@ from fedkeel.train.traced import arranger
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, and back to whatever mode each part was in."""
     training = [part for part in module.modules() if part.training]
     module.eval()
@@ -52,7 +52,7 @@ def evaluate(
     classes = "classes" in loss.definition.traits
     total = torch.zeros((), dtype=torch.float64)
     correct = targets = 0
-    with torch.inference_mode(), _evaluating(module):
+    with torch.inference_mode(), evaluating(module):
         for start in range(0, len(x), batch_size):
             output = functional_call(module, tensors, (arrange(prepare(x[start : start + batch_size])),))
             target = y[start : start + batch_size]

@@ -65,12 +65,14 @@ enum {
 /* A selection network over columns, as kernels/network.py plans it: steps of four numbers, (a, b, low, high), put the
    smaller of registers a and b into low and the larger into high, where these are not -1; the result is the mean, summed
    in double, of the registers `kept`. Registers are the rows, then working rows. Where `around` is not 0, the registers
-   `kept` hold all values in order, and the result is the mean of the `around` ones nearest to the median. A column that
-   holds a NaN gives NaN. */
+   `kept` hold all values in order, and the result is the mean of the `around` ones nearest to the median. Where there are
+   `weights`, one for each row, their sum 1, and a share after them, they hold all values in order as well: the result is
+   their weighted mean without that share of the weight at each end. A column that holds a NaN gives NaN. */
 typedef struct {
     int64_t rows, count, scratch, keeps, around;
     const int32_t *steps, *kept;
     float *out;
+    const float *weights;
 } network;
 #ifndef WIDTH
 #define WIDTH 128 /* columns at a time */
@@ -78,6 +80,7 @@ typedef struct {
 #ifndef AHEAD
 #define AHEAD (2 * WIDTH) /* columns that are fetched early, into the second cache */
 #endif
+#define ROUNDING 1e-6f /* of sums of weights, in float (order.py has the same) */
 #define MAX_ROWS 128 /* of a network: order.py sorts where there are more */
 #define RUN 512 /* columns of one product in float: its rounding stays below 1e-7 of the sum */
 #define IGNORED (-100) /* torch's ignore_index */
@@ -124,7 +127,7 @@ typedef struct {
     const char *name;
     int (*run)(const op *, int64_t, char *const *);
     double (*sq_norm)(const float *, int64_t);
-    void (*select)(const network *, const float *const *, int64_t, int64_t, const float **, float *);
+    void (*select)(const network *, const float *const *, int64_t, int64_t, const float **, float *, float *);
     void (*gram)(const float *const *, int64_t, int64_t, int64_t, int64_t, float *, float *, double *);
 } functions;
 
@@ -138,7 +141,7 @@ static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512, select_av
 #define EXPORT __attribute__((visibility("default")))
 
 /* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
-EXPORT int fedkeel_abi(void) { return 5; }
+EXPORT int fedkeel_abi(void) { return 6; }
 
 /* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
    is not there. */
@@ -177,14 +180,14 @@ EXPORT int64_t fedkeel_run(const op *program, int64_t length, char **bases, cons
 
 /* Columns [start, stop) of the rows through a network. Returns 0, or 1 without the memory to work in. */
 EXPORT int fedkeel_select(const network *net, const float *const *rows, int64_t start, int64_t stop) {
-    const int64_t working = net->scratch + net->rows + 1;
+    const int64_t all = net->rows + net->scratch, working = all + 1 + (net->weights ? all : 0);
     float *scratch = 0;
-    const float **registers = malloc((size_t)(net->rows + net->scratch) * sizeof *registers);
+    const float **registers = malloc((size_t)all * sizeof *registers);
     if (!registers || posix_memalign((void **)&scratch, 64, (size_t)(working * WIDTH) * sizeof *scratch)) {
         free(registers);
         return 1;
     }
-    chosen->select(net, rows, start, stop, registers, scratch);
+    chosen->select(net, rows, start, stop, registers, scratch, net->weights ? scratch + (all + 1) * WIDTH : 0);
     free(scratch);
     free(registers);
     return 0;

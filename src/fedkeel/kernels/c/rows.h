@@ -62,8 +62,45 @@ INLINE vec NAME(around)(const network *net, const float **registers, int64_t at)
     return __builtin_convertvector(sum * (1.0 / (double)keep), vec);
 }
 
+/* WIDTH columns sorted, each value with its row's weight in the register of the same number of `weights` (WIDTH apart),
+   then their weighted mean without a share of the weight at each end. */
+INLINE void NAME(weighted_block)(const network *net, const float **registers, float *weights, float *out) {
+    for (int64_t i = 0; i < net->rows; i++)
+        for (int64_t j = 0; j < WIDTH; j++) weights[i * WIDTH + j] = net->weights[i];
+    for (const int32_t *s = net->steps; s < net->steps + 4 * net->count; s += 4) {
+        const float *a = registers[s[0]], *b = registers[s[1]], *p = weights + s[0] * WIDTH, *q = weights + s[1] * WIDTH;
+        float *low = (float *)registers[s[2]], *high = (float *)registers[s[3]];
+        float *light = weights + s[2] * WIDTH, *heavy = weights + s[3] * WIDTH;
+        UNROLL(2)
+        for (int64_t j = 0; j < WIDTH; j += V) {
+            const vec x = LOAD(a + j), y = LOAD(b + j);
+            const ints u = (ints)LOAD(p + j), v = (ints)LOAD(q + j), keep = x < y;
+            STORE(low + j, MINIMUM(x, y));
+            STORE(high + j, MAXIMUM(x, y));
+            STORE(light + j, (vec)((u & keep) | (v & ~keep)));
+            STORE(heavy + j, (vec)((v & keep) | (u & ~keep)));
+        }
+    }
+    const float first = net->weights[net->rows], last = 1 - first;
+    const vec zero = {0};
+    for (int64_t j = 0; j < WIDTH; j += V) {
+        vec below = zero;
+        doubles sum = {0}, whole = {0};
+        for (int64_t i = 0; i < net->keeps; i++) {
+            const vec x = LOAD(registers[net->kept[i]] + j), upto = below + LOAD(weights + net->kept[i] * WIDTH + j);
+            const vec left = MINIMUM(upto, zero + last) - MAXIMUM(below, zero + first);
+            const ints counts = left > zero + ROUNDING; /* what is cut off stays out, however large */
+            const vec inside = (vec)((ints)left & counts), value = (vec)((ints)x & counts);
+            sum += __builtin_convertvector(value, doubles) * __builtin_convertvector(inside, doubles);
+            whole += __builtin_convertvector(inside, doubles);
+            below = upto;
+        }
+        STORE(out + j, __builtin_convertvector(sum / whole, vec));
+    }
+}
+
 /* WIDTH columns through a network: `registers` are the rows, then working rows. */
-static void NAME(select_block)(const network *net, const float **registers, int64_t ahead, float *out) {
+static void NAME(select_block)(const network *net, const float **registers, int64_t ahead, float *weights, float *out) {
     LANES_OF bad[WIDTH / V]; /* where a row holds a NaN: minima and maxima would lose it */
     for (int64_t j = 0; j < WIDTH; j += GROUP * V) {
         LANES_OF found[GROUP] = {0};
@@ -78,6 +115,11 @@ static void NAME(select_block)(const network *net, const float **registers, int6
         }
         UNROLL(GROUP)
         for (int g = 0; g < GROUP; g++) bad[j / V + g] = found[g];
+    }
+    if (weights) {
+        NAME(weighted_block)(net, registers, weights, out);
+        for (int64_t j = 0; j < WIDTH; j += V) STORE(out + j, SPOIL(LOAD(out + j), bad[j / V]));
+        return;
     }
     for (const int32_t *s = net->steps; s < net->steps + 4 * net->count; s += 4) {
         const float *a = registers[s[0]], *b = registers[s[1]];
@@ -131,14 +173,14 @@ static void NAME(select_block)(const network *net, const float **registers, int6
 }
 
 static void NAME(select)(const network *net, const float *const *rows, int64_t start, int64_t stop,
-                         const float **registers, float *scratch) {
+                         const float **registers, float *scratch, float *weights) {
     const int64_t n = net->rows;
     float *spare = scratch + net->scratch * WIDTH;
     for (int64_t i = 0; i < net->scratch; i++) registers[n + i] = scratch + i * WIDTH;
     int64_t at = start;
     for (; at + WIDTH <= stop; at += WIDTH) {
         for (int64_t i = 0; i < n; i++) registers[i] = rows[i] + at;
-        NAME(select_block)(net, registers, AHEAD, net->out + at);
+        NAME(select_block)(net, registers, AHEAD, weights, net->out + at);
     }
     if (at < stop) { /* the rest in full width, beside zeros */
         memset(spare, 0, 4 * (size_t)((n + 1) * WIDTH));
@@ -146,7 +188,7 @@ static void NAME(select)(const network *net, const float *const *rows, int64_t s
             registers[i] = spare + (i + 1) * WIDTH;
             memcpy(spare + (i + 1) * WIDTH, rows[i] + at, 4 * (size_t)(stop - at));
         }
-        NAME(select_block)(net, registers, 0, spare);
+        NAME(select_block)(net, registers, 0, weights, spare);
         memcpy(net->out + at, spare, 4 * (size_t)(stop - at));
     }
 }

@@ -1,0 +1,114 @@
+"""Admitted rows to one direction: screen, weigh, mix, reduce. Nothing here knows how the rows came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedkeel.core.errors import CohortError
+from fedkeel.core.registry import Rule
+from fedkeel.core.types import Cohort, Refusal, ServerState
+from fedkeel.kernels import distance
+from fedkeel.round.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the arithmetic gave: the direction (P,), its norm; shares of weight and cosines by row of the cohort.
+
+    `kept` is what stateful rules keep from now on.
+    """
+
+    direction: Tensor = field(default_factory=lambda: torch.zeros(0))
+    norm: float = 0.0
+    weights: Mapping[int, float] = field(default_factory=dict)
+    cosines: Mapping[int, float] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int, Refusal]) -> Outcome:
+    """The aggregate of the cohort; what screens and weighers refuse goes into `refused`, by row.
+
+    Where screens refuse rows the others move up in `cohort.U`, in place: no second matrix. Raises `CohortError` when
+    too few are left for the plan's rules, or a rule gives what its kind may not.
+    """
+    memory = dict(state.kept)
+
+    def asked(rule: Rule, cohort: Cohort) -> object:
+        if rule.definition.init is None:
+            return rule(cohort, state)
+        given, memory[repr(rule)] = rule(cohort, state, memory.get(repr(rule), rule.init()))
+        return given
+
+    for rule in plan.screens:
+        found = asked(rule, cohort)
+        assert isinstance(found, Mapping)
+        for row, (reason, score) in found.items():
+            refused.setdefault(int(row), Refusal("screen", rule.name, str(reason), float(score)))
+    rows = [row for row in range(len(cohort)) if row not in refused]
+    if not rows:
+        raise CohortError("no update was left after screening")
+    if len(rows) < len(cohort):
+        cohort = _compacted(cohort, rows)
+    for rule in (*plan.weighers, plan.reducer):
+        if rule.needs > len(cohort):
+            raise CohortError(f"{rule.kind} '{rule!r}' needs {rule.needs} rows, {len(cohort)} were left")
+    weights = torch.ones(len(cohort), dtype=torch.float64)
+    for rule in plan.weighers:
+        given = asked(rule, cohort)
+        assert isinstance(given, Tensor)
+        if given.shape != weights.shape or not bool((torch.isfinite(given) & (given >= 0)).all()):
+            raise CohortError(f"weigher '{rule!r}' gave weights that are not {len(weights)} numbers of 0 or more")
+        for row in torch.nonzero((given == 0) & (weights > 0)).flatten().tolist():
+            refused[rows[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0")
+        weights = weights * given
+    shares = weights / sum_of(weights)
+    mixed, mixed_weights = cohort.U, weights
+    for place, rule in enumerate(plan.mixers):
+        mixed, mixed_weights = rule(mixed, mixed_weights, cohort.key.fold("mix", place))
+    direction = plan.reducer(mixed, mixed_weights)
+    if direction.shape != state.theta.shape:
+        raise CohortError(f"reducer '{plan.reducer!r}' gave shape {tuple(direction.shape)}, not (P,)")
+    norm = math.sqrt(distance.sq_norm(direction))
+    cosines = _cosines(cohort, direction, norm)
+    return Outcome(
+        direction,
+        norm,
+        dict(zip(rows, shares.tolist(), strict=True)),
+        dict(zip(rows, cosines, strict=True)),
+        memory,
+    )
+
+
+def sum_of(weights: Tensor) -> float:
+    """The sum of the weights (n,); `CohortError` unless it is a number above 0."""
+    total = float(weights.sum())
+    if not (math.isfinite(total) and total > 0):
+        raise CohortError(f"the weights of {len(weights)} updates sum to {total:g}")
+    return total
+
+
+def _compacted(cohort: Cohort, rows: list[int]) -> Cohort:
+    for to, row in enumerate(rows):  # ascending, so nothing needed is overwritten
+        if to != row:
+            cohort.U[to] = cohort.U[row]
+    return replace(
+        cohort,
+        U=cohort.U[: len(rows)],
+        client=tuple(cohort.client[row] for row in rows),
+        num_examples=cohort.num_examples[rows],
+        staleness=cohort.staleness[rows],
+        steps=cohort.steps[rows],
+        norm=cohort.norm[rows],
+        metrics=tuple(cohort.metrics[row] for row in rows),
+    )
+
+
+def _cosines(cohort: Cohort, direction: Tensor, norm: float) -> list[float]:
+    along = (cohort.U @ direction).double()
+    lengths = cohort.norm * norm
+    return torch.where(lengths > 0, along / lengths.clamp_min(1e-300), 0.0).clamp(-1, 1).tolist()
