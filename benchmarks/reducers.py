@@ -43,7 +43,7 @@ def ours(U: torch.Tensor, w: torch.Tensor, f: int) -> dict[str, Callable[[], Any
     names = tuple(f"{i:04d}" for i in range(n))
 
     def krum_mean() -> torch.Tensor:
-        cohort = Cohort(U, names, w, flat, flat, flat, slice(0, columns), (), ({},) * n, Key.root(0))
+        cohort = Cohort(U, names, w, flat, flat, flat, slice(0, columns), (), ({},) * n, ((),) * n, Key.root(0))
         return mean(U, multi_krum(cohort, state))
 
     return {

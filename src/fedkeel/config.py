@@ -74,6 +74,10 @@ class Client(Section):
     transforms: tuple[str, ...] = Field((), description="in order: `fedkeel rules row_transform`")
     codec: str = Field("float32", description="`fedkeel rules codec`")
     zstd: Annotated[int, Field(ge=0, le=22)] = Field(0, description="compression level of the payload, 0 for none")
+    labels: bool = Field(False, description="tell the server the shares of the classes, as the weigher trust uses them")
+    label_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="scale of the Laplace noise on the counts behind those shares, drawn once for each client"
+    )
 
 
 class Aggregate(Section):
@@ -84,6 +88,17 @@ class Aggregate(Section):
     weigh: tuple[str, ...] = Field(("examples",), description="weights, multiplied: `fedkeel rules weigher`")
     mix: tuple[str, ...] = Field((), description="in order: `fedkeel rules mixer`")
     reduce: str = Field("mean", description="rows to one: `fedkeel rules reducer`")
+
+
+class Quarantine(Section):
+    """Clients that are refused again and again are left out for a while."""
+
+    limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="record of refusals that shuts a client out, each counting 1; none when left out"
+    )
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.9, description="what a round leaves of a record; below half of the limit a client is let in again"
+    )
 
 
 class Server(Section):
@@ -126,6 +141,7 @@ class Job(Section):
     schedule: Schedule = Schedule()
     client: Client = Client()
     aggregate: Aggregate = Aggregate()
+    quarantine: Quarantine = Quarantine()
     server: Server = Server()
     attack: Attack = Attack()
     record: Record = Record()

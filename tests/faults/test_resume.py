@@ -30,6 +30,17 @@ JOB = {
     "attack": {"rule": "gaussian(std=0.1)", "clients": 2},
     "record": {"checkpoint_every": 2},
 }
+KEPT = {
+    **{name: value for name, value in JOB.items() if name != "server"},
+    "model": {"build": "mlp(hidden=(16,))"},
+    "data": {"clients": 12, "partition": "dirichlet(alpha=1.0)"},
+    "server": {"examples": 40},
+    "client": {"labels": True},
+    "aggregate": {"screens": ("norm_mad", "forecast"), "weigh": ("learned", "foolsgold"), "mix": ("norm_cap",)},
+    "quarantine": {"limit": 1.5},
+    "attack": {"rule": "gaussian", "clients": 4},
+}
+"""A job with everything that a server keeps of its clients."""
 PROGRAM = """
 import sys, fedkeel
 job = fedkeel.load(sys.argv[1])
@@ -56,13 +67,14 @@ def running(tmp_path: Path, backend: str, at: int, pause: float) -> Iterator[sub
 
 
 def job(backend: str) -> fedkeel.Job:
-    return fedkeel.Job(**{**JOB, "train": {"backend": backend, "batch_size": 8, "workers": 2}})
+    values, backend = (KEPT, "traced") if backend == "kept" else (JOB, backend)
+    return fedkeel.Job(**{**values, "train": {"backend": backend, "batch_size": 8, "workers": 2}})
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> dict[str, fedkeel.Run]:
     root = tmp_path_factory.mktemp("unbroken")
-    return {b: fedkeel.run(job(b), root / b, with_report=False) for b in BACKENDS}
+    return {b: fedkeel.run(job(b), root / b, with_report=False) for b in (*BACKENDS, "kept")}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +86,7 @@ def unbroken(tmp_path_factory) -> dict[str, fedkeel.Run]:
         ("traced", 12, 0.0),
         ("loop", 7, 0.1),
         ("rows", 4, 0.03),
+        ("kept", 5, 0.02),
         pytest.param("native", 6, 0.02, marks=compiled),
     ],
 )
@@ -90,6 +103,9 @@ def test_a_killed_run_resumes_bit_for_bit(unbroken, tmp_path, backend, at, delay
     assert without_time(resumed.metrics) == without_time(whole.metrics)
     assert without_time(resumed.rounds) == without_time(whole.rounds)
     assert without_time(resumed.updates) == without_time(whole.updates)
+    if backend == "kept":
+        assert any(row["stage"] == "quarantine" for row in whole.updates)
+        assert any(row["trust"] not in (None, 1.0) for row in whole.updates)
 
 
 def without_time(rows):

@@ -15,9 +15,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedkeel.core.errors import InputError
 from fedkeel.core.types import RoundReport
 from fedkeel.round.coordinator import Checkpoint, Command, Done, Evaluate, Record, Train, Wait
+from fedkeel.round.quarantine import Quarantine
 
 LAYOUT = make_layout()
 CLIENTS = tuple("abcde")
+
+
+def shut_out(report: RoundReport) -> set[str]:
+    return {c.client for c in report.clients if c.refusal is not None and c.refusal.stage == "quarantine"}
 
 
 class Federation(RuleBasedStateMachine):
@@ -28,11 +33,13 @@ class Federation(RuleBasedStateMachine):
         deadline=st.sampled_from([None, 5.0]),
         quorum=st.integers(1, 3),
         reduce=st.sampled_from(["mean", "median"]),
+        quarantine=st.sampled_from([None, Quarantine(1.0, 0.4)]),
         seed=st.integers(0, 99),
     )
-    def begin(self, cohort, deadline, quorum, reduce, seed):
+    def begin(self, cohort, deadline, quorum, reduce, quarantine, seed):
         quorum = min(quorum, cohort)
-        self.plan = make_plan(cohort, schedule=f"sync(deadline={deadline}, quorum={quorum})", reduce=reduce)
+        schedule = f"sync(deadline={deadline}, quorum={quorum})"
+        self.plan = make_plan(cohort, schedule=schedule, reduce=reduce, quarantine=quarantine)
         self.deadline = deadline
         self.rounds = 3
         self.coordinator = make_coordinator(self.plan, CLIENTS, self.rounds)
@@ -161,6 +168,7 @@ class Federation(RuleBasedStateMachine):
             for row in report.clients:
                 assert row.refusal is None or row.weight == 0
             used = [row.client for row in report.clients if row.refusal is None]
+            assert not set(used) & shut_out(report)
             assert len(used) == len(set(used))
             if report.skipped is None:
                 assert sum(row.weight for row in report.clients) == pytest.approx(1)
@@ -180,7 +188,7 @@ class Federation(RuleBasedStateMachine):
                 self.carry_out(self.coordinator.on_tick(self.now))
         assert self.over
         assert len(self.reports) == self.rounds
-        rows = sum(len(r.clients) for r in self.reports)
+        rows = sum(len(r.clients) - len(shut_out(r)) for r in self.reports)
         more = sum(
             int(row.refusal.reason.split()[0]) - 1
             for r in self.reports

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedkeel.core.keys import Key
 from fedkeel.kernels import distance
 
-Stage = Literal["train", "transport", "decode", "check", "screen", "weigh", "late"]
+Stage = Literal["train", "transport", "decode", "check", "screen", "weigh", "late", "quarantine"]
 
 
 class Refusal(NamedTuple):
@@ -26,7 +26,10 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a client says of its own work. None of it is trusted before the checks."""
+    """What a client says of its own work. None of it is trusted before the checks.
+
+    `labels` are the shares of the classes among its examples, as far as it tells them.
+    """
 
     client: str
     task: int
@@ -35,13 +38,15 @@ class Claims:
     num_examples: int
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    labels: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
     """An update at the door: the claims, and once its payload is decoded the delta (P,) and what was measured of it.
 
-    `norm` is the L2 norm of all columns, buffers included: what no rule looks at is where an attack would go.
+    `norm` is the L2 norm of all columns, buffers included: what no rule looks at is where an attack would go;
+    `variance` that of their values.
     `payload_digest` is the SHA-256 of the payload as sent. Checks with the trait "header" see no delta yet.
     """
 
@@ -50,6 +55,7 @@ class Update:
     bytes_up: int
     delta: Tensor | None = None
     norm: float = 0.0
+    variance: float = 0.0
     finite: bool = True
 
 
@@ -141,6 +147,7 @@ class Cohort:
     params: slice
     layers: tuple[slice, ...]
     metrics: tuple[Mapping[str, float], ...]
+    labels: tuple[tuple[float, ...], ...]
     key: Key
     referee: Referee | None = None
 
@@ -179,13 +186,19 @@ class ServerState:
 
 @dataclass(frozen=True, slots=True)
 class ClientRow:
-    """One client's line of a round report. `weight` is its share of the sum of weights, 0 when it was not used."""
+    """One client's line of a round report. `weight` is its share of the sum of weights, 0 when it was not used.
+
+    `norm` (L2) and `variance` are of all columns of its update, `cosine` is with the aggregate; `trust` as its weigher
+    keeps it, 1 being the mean.
+    """
 
     client: str
     refusal: Refusal | None
     weight: float = 0.0
     norm: float | None = None
     cosine: float | None = None
+    variance: float | None = None
+    trust: float | None = None
     num_examples: int | None = None
     steps: int | None = None
     staleness: int | None = None
@@ -199,7 +212,6 @@ class RoundReport:
 
     `skipped` says why the model was kept, if it was.
     `time` is the federation's clock (virtual in the simulator) at close, in seconds; `seconds` the wall time by part.
-    `cosine` of a client is between its row and the aggregate.
     """
 
     round: int

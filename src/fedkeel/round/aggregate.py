@@ -18,7 +18,7 @@ from fedkeel.round.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the arithmetic gave: the direction (P,), its norm; shares of weight and cosines by row of the cohort.
+    """What the arithmetic gave: the direction (P,), its norm; shares of weight, cosines and trust by row of the cohort.
 
     `kept` is what stateful rules keep from now on.
     """
@@ -27,6 +27,7 @@ class Outcome:
     norm: float = 0.0
     weights: Mapping[int, float] = field(default_factory=dict)
     cosines: Mapping[int, float] = field(default_factory=dict)
+    trust: Mapping[int, float] = field(default_factory=dict)
     kept: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
@@ -67,6 +68,13 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
             refused[rows[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0")
         weights = weights * given
     shares = weights / sum_of(weights)
+    trust = {
+        row: float(memory[repr(rule)][client])
+        for rule in plan.weighers
+        if "trust" in rule.definition.traits
+        for row, client in zip(rows, cohort.client, strict=True)
+        if client in memory[repr(rule)]
+    }
     mixed, mixed_weights = cohort.U, weights
     for place, rule in enumerate(plan.mixers):
         mixed, mixed_weights = rule(mixed, mixed_weights, cohort.key.fold("mix", place))
@@ -80,6 +88,7 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
         norm,
         dict(zip(rows, shares.tolist(), strict=True)),
         dict(zip(rows, cosines, strict=True)),
+        trust,
         memory,
     )
 
@@ -105,6 +114,7 @@ def _compacted(cohort: Cohort, rows: list[int]) -> Cohort:
         steps=cohort.steps[rows],
         norm=cohort.norm[rows],
         metrics=tuple(cohort.metrics[row] for row in rows),
+        labels=tuple(cohort.labels[row] for row in rows),
     )
 
 

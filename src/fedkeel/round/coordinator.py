@@ -157,7 +157,8 @@ class Coordinator:
                 raise RunError(f"scheduler '{self.plan.schedule!r}' neither starts, closes nor waits: no round can end")
 
     def _give(self, count: int, deadline: float | None) -> list[Command]:
-        free = [c for c in self._clients if c not in self._in_flight]
+        shut = self.server.shut_out(self._clients)
+        free = [c for c in self._clients if c not in self._in_flight and c not in shut]
         state = self.server.state
         if not free:
             return []

@@ -14,6 +14,21 @@ from fedkeel.round import wire
 from fedkeel.round.plan import Plan
 
 
+def label_shares(counts: Tensor, noise: float, key: Key) -> tuple[float, ...]:
+    """The shares of the classes among a client's examples, of its counts (C,), for its claims.
+
+    `noise` is the scale of the Laplace noise on each count. Give a client the same key every time: fresh noise would
+    be averaged away. What noise makes negative is 0; no examples, or more classes than an envelope holds, tell nothing.
+    """
+    told = counts.to(torch.float64)
+    if noise:
+        told = told + torch.from_numpy(key.numpy().laplace(0.0, noise, len(counts)))
+    told = told.clamp(min=0)
+    if not 0 < len(counts) <= wire.MAX_LABELS or not float(told.sum()) > 0:
+        return ()
+    return tuple((told / told.sum()).tolist())
+
+
 def transform(
     rows: Tensor, keys: Sequence[Key], clients: Sequence[str], memory: ClientMemory, plan: Plan, layout: Layout
 ) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.registry import Rule
+from fedkeel.round.quarantine import Quarantine
 
 STREAM_ABOVE = 256 * 2**20
 """Bytes of a cohort's matrix above which a mean is summed as updates arrive, and no matrix is kept."""
@@ -31,6 +33,7 @@ class Plan:
     mixers: tuple[Rule, ...] = ()
     zstd: int = 0
     max_staleness: int = 0
+    quarantine: Quarantine | None = None
 
     def __post_init__(self) -> None:
         if self.cohort < 1:
@@ -68,6 +71,16 @@ class Plan:
         for rule in (*self.mixers, self.reducer):
             take(rule, left)
 
+    @cached_property
+    def least(self) -> int:
+        """The smallest cohort that this plan can reduce."""
+        for cohort in range(1, self.cohort):
+            try:
+                return replace(self, cohort=cohort).cohort
+            except InputError:
+                continue
+        return self.cohort
+
     def check_referee(self, there: bool) -> None:
         """Refuse rules that judge with the server's own examples where it has none."""
         for rule in (*self.screens, *self.weighers):
@@ -93,6 +106,7 @@ class Plan:
             ("transform", self.transforms),
             ("encode", (codec,)),
             ("check", self.checks),
+            ("quarantine", (self.quarantine,) if self.quarantine else ()),
             ("screen", self.screens),
             ("weigh", self.weighers),
             ("mix", self.mixers),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from fedkeel.kernels import distance
 from fedkeel.round import wire
 from fedkeel.round.aggregate import Outcome, aggregate, sum_of
 from fedkeel.round.plan import Plan
+from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
 
 MESSAGES_KEPT = 8
@@ -64,12 +65,20 @@ class Server:
         self._refused: list[ClientRow] = []
         self._messages: dict[str, tuple[int, int]] = {}
         self._last_payload: dict[str, str] = dict(state.trust.get("last_payload", {}))
+        self._book = Book(plan.quarantine, state.trust.get("offences", {}))
+        self._left_out: dict[str, Refusal] = {}
 
     def snapshot(self) -> ServerState:
         """The state to checkpoint. Work that is outstanding is not in it: a resumed round gives it out again."""
-        return self.state.replace(trust={**self.state.trust, "last_payload": dict(self._last_payload)})
+        trust = {"last_payload": dict(self._last_payload), "offences": self._book.to_json()}
+        return self.state.replace(trust={**self.state.trust, **trust})
 
     # -- the door
+
+    def shut_out(self, clients: Sequence[str]) -> Set[str]:
+        """Who of the clients is in quarantine and gets no task this round; the report will say so of each."""
+        self._left_out = self._book.shut_out(clients, self.plan.least)
+        return self._left_out.keys()
 
     def give(self, client: str) -> int:
         """A new task for the client: its answer, and no other, will be let in."""
@@ -154,8 +163,9 @@ class Server:
         return refusal
 
     def _measure(self, update: Update, delta: Tensor) -> Update:
-        square = distance.sq_norm(delta)
-        return replace(update, delta=delta, norm=math.sqrt(square), finite=math.isfinite(square))
+        square, columns = distance.sq_norm(delta), delta.numel()
+        variance = max(square / columns - (float(delta.sum()) / columns) ** 2, 0.0)
+        return replace(update, delta=delta, norm=math.sqrt(square), variance=variance, finite=math.isfinite(square))
 
     def _admit(self, client: str, update: Update) -> None:
         task = self._outstanding.pop(client)
@@ -213,6 +223,7 @@ class Server:
             skip,
             0.0 if skip else outcome.norm,
         )
+        self._book.close(report.round, report.clients)
         self._next_buffer()
         return report
 
@@ -258,6 +269,7 @@ class Server:
             self.layout.params,
             self._layers,
             tuple(c.metrics for c in claims),
+            tuple(c.labels for c in claims),
             self._key.fold("cohort", self.state.round),
             self._referee,
         )
@@ -283,6 +295,7 @@ class Server:
                     refusal=refused.get(i),
                     weight=weight,
                     cosine=None if skip else outcome.cosines.get(i),
+                    trust=None if skip else outcome.trust.get(i),
                     staleness=admitted.staleness,
                 )
             )
@@ -291,7 +304,8 @@ class Server:
             if count > kept:
                 flood = Refusal("check", "flood", f"{count - kept} more refused messages")
                 self._refused.append(ClientRow(client, flood, bytes_up=size))
-        return (*rows, *self._refused)
+        left_out = [ClientRow(client, refusal) for client, refusal in self._left_out.items()]
+        return (*rows, *self._refused, *left_out)
 
     def _next_buffer(self) -> None:
         for admitted in self._admitted:
@@ -299,6 +313,7 @@ class Server:
         self.state = self.state.replace(round=self.state.round + 1)
         self._admitted.clear()
         self._refused.clear()
+        self._left_out = {}
         self._messages.clear()
         self._answered.clear()
         self._store.clear(self.state.next_task)
@@ -311,6 +326,7 @@ def _described(update: Update) -> ClientRow:
         claims.client,
         None,
         norm=update.norm if update.delta is not None and math.isfinite(update.norm) else None,
+        variance=update.variance if update.delta is not None and math.isfinite(update.variance) else None,
         num_examples=claims.num_examples,
         steps=claims.steps,
         bytes_up=update.bytes_up,

@@ -25,9 +25,10 @@ from fedkeel.core.types import Claims, Codec
 
 MAGIC = b"FKU1"
 PREFIX = struct.Struct("<4sI32s")
-MAX_HEADER = 16 * 1024
+MAX_HEADER = 32 * 1024
 MAX_METRICS = 32
 MAX_NAME = 256
+MAX_LABELS = 2048
 _INT64 = 2**63
 
 
@@ -55,6 +56,7 @@ def seal(claims: Claims, codec: str, payload: bytes | memoryview, zstd: int = 0)
         "examples": claims.num_examples,
         "steps": claims.steps,
         "metrics": dict(claims.metrics),
+        "labels": struct.pack(f"<{len(claims.labels)}f", *claims.labels),
         "codec": codec,
         "raw": raw,
         "zstd": bool(zstd),
@@ -82,7 +84,12 @@ def read(data: bytes | memoryview) -> Sealed:
         raise DecodeError("the header does not match its digest")
     try:
         fields = msgpack.unpackb(
-            header, strict_map_key=True, max_str_len=MAX_NAME, max_bin_len=32, max_map_len=MAX_METRICS, max_array_len=0
+            header,
+            strict_map_key=True,
+            max_str_len=MAX_NAME,
+            max_bin_len=4 * MAX_LABELS,
+            max_map_len=MAX_METRICS,
+            max_array_len=0,
         )
     except Exception as error:  # msgpack raises many types on hostile bytes
         raise DecodeError(f"the header is not msgpack ({type(error).__name__})") from None
@@ -99,6 +106,7 @@ def read(data: bytes | memoryview) -> Sealed:
         fields["examples"],
         fields["steps"],
         {k: float(v) for k, v in fields["metrics"].items()},
+        struct.unpack(f"<{len(fields['labels']) // 4}f", fields["labels"]),
     )
     payload = view[PREFIX.size + length :]
     return Sealed(claims, fields["codec"], fields["raw"], fields["zstd"], fields["sha256"], payload)
@@ -158,6 +166,14 @@ def _metrics(value: Any) -> bool:
     )
 
 
+def _labels(value: Any) -> bool:
+    """Shares of classes, float32: each 0 or more, in all 1 or less by rounding; or none."""
+    if not isinstance(value, bytes) or len(value) % 4 or len(value) > 4 * MAX_LABELS:
+        return False
+    shares = struct.unpack(f"<{len(value) // 4}f", value)
+    return not shares or (all(0 <= share <= 1 for share in shares) and abs(math.fsum(shares) - 1) < 1e-3)
+
+
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "client": _text,
     "task": _count,
@@ -166,6 +182,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "examples": _count,
     "steps": _count,
     "metrics": _metrics,
+    "labels": _labels,
     "codec": _text,
     "raw": _count,
     "zstd": lambda v: isinstance(v, bool),

@@ -1,28 +1,35 @@
 """Screens: admitted rows against each other, `(cohort, state) -> {row: (reason, score)}`; who is named is refused.
 
 A row that is not finite is refused by every screen. Scores are scale-free, so that thresholds mean the same at every
-learning rate. Traits: "length" (refuses rows that are far too long), "direction" (refuses rows that point against the
-others), "majority" (keeps the densest majority, and may refuse all others, honest ones too).
+learning rate. A screen registered with `init` is stateful: `(cohort, state, kept) -> (found, kept)`, kept a mapping of
+names to vectors; that of a round which is skipped is dropped. Traits: "length" (refuses rows that are far too long),
+"direction" (refuses rows that point against the others), "majority" (keeps the densest majority, and may refuse all
+others, honest ones too), "server_data" (asks the cohort's referee: its scores are losses, and not scale-free).
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
+from fedkeel.core.errors import InputError
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Cohort, ServerState
-from fedkeel.kernels import distance, order
+from fedkeel.kernels import distance, order, sketch
 
 Found = dict[int, tuple[str, float]]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NORMAL = 1.4826  # the MAD of normal values times this is their standard deviation
+_ROUNDING = 1e-6  # of a loss
+_LEAST_VARIANCE = 1e-300
 _NO_NUMBER = "it holds NaN or infinity"
 
 
@@ -133,6 +140,123 @@ def flame(cohort: Cohort, state: ServerState) -> Found:
         score = float(apart[k, inside].mean())
         found[kept[k]] = f"its direction is outside the majority's cluster, at cosine distance {score:.3f}", score
     return found
+
+
+@rule("screen")
+def near_duplicates(
+    cohort: Cohort, state: ServerState, *, ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25, limit: Positive = 8.0
+) -> Found:
+    """All but one of the rows that are copies of one another: nearer than `ratio` times what is usual in the cohort.
+
+    What is usual is the median distance of a row to its nearest other, and a copy must also be `limit` median absolute
+    deviations nearer (sybils send like rows: Fung et al. 2020). Of copies the client whose id sorts first stays, so
+    they count once. Where half of the rows or more are copies nothing is usual, and nobody is refused.
+    """
+    found = _not_finite(cohort)
+    kept = [i for i in range(len(cohort)) if i not in found]
+    if len(kept) < 4:
+        return found
+    D = cohort.sq_distances.cpu()[kept][:, kept].sqrt().fill_diagonal_(math.inf)
+    nearest = D.min(1).values
+    usual = float(nearest.quantile(0.5))
+    spread = _NORMAL * float((nearest - usual).abs().quantile(0.5))
+    near = (ratio * usual > D) & (usual - limit * spread > D)
+    for k in sorted(range(len(kept)), key=lambda k: cohort.client[kept[k]], reverse=True):
+        twins = [j for j in torch.nonzero(near[k]).flatten().tolist() if kept[j] not in found]
+        if twins:
+            first = min(twins, key=lambda j: cohort.client[kept[j]])
+            score = float(D[k, first]) / usual
+            found[kept[k]] = f"it is a near copy of {cohort.client[kept[first]]}'s: {score:.3g} of a usual gap", score
+    return found
+
+
+@rule("screen", traits=("server_data",))
+def loss_gain(cohort: Cohort, state: ServerState, *, limit: Positive = 4.0) -> Found:
+    """Rows after which the server's own examples lose more than `limit` deviations beyond the cohort's median.
+
+    The score is Zeno's descent score without its penalty (Xie, Koyejo and Gupta 2019): the loss before a row less the
+    loss after it. A deviation is 1.4826 times the median absolute deviation. Costs a pass over the server's examples
+    for each row.
+    """
+    found = _not_finite(cohort)
+    kept = [i for i in range(len(cohort)) if i not in found]
+    if not kept:
+        return found
+    if cohort.referee is None:
+        raise InputError("loss_gain judges with the server's own examples, but it has none: set server.examples")
+    models = (state.theta, *(state.theta + cohort.U[i] for i in kept))
+    before, *after = cohort.referee.judge(models).loss.tolist()
+    finite = torch.tensor([loss for loss in after if math.isfinite(loss)], dtype=torch.float64)
+    if not len(finite):
+        return found | dict.fromkeys(kept, ("the loss after it is no number", -math.inf))
+    middle = float(finite.quantile(0.5))
+    deviation = _NORMAL * float((finite - middle).abs().quantile(0.5))
+    for i, loss in zip(kept, after, strict=True):
+        if not loss <= middle + limit * deviation + _ROUNDING * abs(middle):
+            gain = before - loss if math.isfinite(loss) else -math.inf
+            found[i] = f"the server's loss after it is {loss:.4g}, {middle:.4g} is usual", gain
+    return found
+
+
+@rule("screen")
+def gradient_variance(cohort: Cohort, state: ServerState, *, limit: Positive = 4.0) -> Found:
+    """Rows whose variance within each tensor is `limit` deviations from what is usual, on the mean of all tensors.
+
+    A deviation is 1.4826 times the median absolute deviation of the cohort's log variances, at least 0.1; the row's
+    overall scale is left out, which norm_mad() looks at. So noise of an honest length shows, and so do rows with
+    one layer exchanged.
+    """
+    found = _not_finite(cohort)
+    kept = [i for i in range(len(cohort)) if i not in found and float(cohort.norm[i]) > 0]
+    layers = [part for part in cohort.layers if part.stop - part.start > 1]
+    if len(kept) < 3 or len(layers) < 2:
+        return found
+    logs = torch.empty(len(kept), len(layers), dtype=torch.float64)
+    for j, part in enumerate(layers):
+        for k, i in enumerate(kept):
+            logs[k, j] = float((cohort.U[i, part].double() / cohort.norm[i]).var()) + _LEAST_VARIANCE
+    logs.log_()
+    off = (logs - logs.quantile(0.5, dim=0)).abs()
+    scores = (off / (_NORMAL * off.quantile(0.5, dim=0)).clamp(min=0.1)).mean(1)
+    for i, score in zip(kept, scores.tolist(), strict=True):
+        if score > limit:
+            found[i] = f"its variances by layer are {score:.1f} deviations from what is usual", score
+    return found
+
+
+@rule("screen", init=lambda **_: {})
+def forecast(
+    cohort: Cohort,
+    state: ServerState,
+    kept: Mapping[str, Tensor],
+    *,
+    limit: Positive = 5.0,
+    memory: Annotated[float, Field(gt=0, lt=1)] = 0.5,
+) -> tuple[Found, Mapping[str, Tensor]]:
+    """Rows far from what their clients sent before: `limit` deviations above the cohort's median distance.
+
+    In the manner of FLANDERS (Gabrielli et al. 2023): a client's next row is forecast by the moving average of its
+    past ones (`memory` of it is the past), here of their sketches; the paper's forecast is autoregressive. A client
+    without a past is not judged, so who is hostile from the first round on is only seen to change. What is refused is
+    not learned.
+    """
+    found = _not_finite(cohort)
+    rows = [i for i in range(len(cohort)) if i not in found]
+    short = sketch.sketch(cohort.U)
+    known = [i for i in rows if cohort.client[i] in kept]
+    if len(known) >= 3:
+        gaps = torch.tensor([float((short[i] - kept[cohort.client[i]]).norm()) for i in known], dtype=torch.float64)
+        logs = gaps.clamp(min=_LEAST_VARIANCE).log()
+        middle = float(logs.quantile(0.5))
+        deviation = max(_NORMAL * float((logs - middle).abs().quantile(0.5)), 0.1)
+        for i, value in zip(known, logs.tolist(), strict=True):
+            score = (value - middle) / deviation
+            if score > limit:
+                away = math.exp(value - middle)
+                found[i] = f"it is {away:.3g} times as far from its client's past as usual", score
+    news = {cohort.client[i]: short[i] for i in rows if i not in found}
+    past = {c: memory * kept[c] + (1 - memory) * row if c in kept else row for c, row in news.items()}
+    return found, {**kept, **past}
 
 
 def _majority(apart: NDArray[np.float64]) -> list[int]:

@@ -19,8 +19,9 @@ from torch import Tensor
 from fedkeel.core.errors import CohortError, InputError
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Cohort, Referee, ServerState
-from fedkeel.kernels import combine, distance, neighbours
+from fedkeel.kernels import combine, distance, neighbours, order, sketch
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Kept = Mapping[str, Tensor]
 _LEAST = 1e-2  # of the largest weight: less is none
 _TINY = 1e-300
@@ -77,8 +78,8 @@ def learned(
     """The weights that make the aggregate best on the server's own examples, smoothed over rounds.
 
     After Li et al. 2023 (FedLAW), who learn weights on proxy data. That hostile rows gain nothing is ours: no weight is
-    above 1 / (keep n), so at least `keep` of the rows share it and few examples are not overfitted; a row that points
-    against the aggregate weighs nothing; and `memory` of a client's weight comes from the rounds before. Projected
+    above 1 / (keep n), so `keep` of the rows share it and few examples are not overfitted; a row that points against
+    what the others make then weighs nothing; and `memory` of a client's weight comes from the rounds before. Projected
     gradient descent on the mean loss of theta + sum_i w_i U_i over {w >= 0, sum w = 1, w <= cap}, from the weights
     kept, in `steps` steps of at most 1 / n a row; the mean of the later half counts. Rows longer than the median are
     judged as scaled down to it: put the mixer norm_cap() after it. A step costs one gradient on the server's examples,
@@ -131,6 +132,84 @@ def fltrust(cohort: Cohort, state: ServerState) -> Tensor:
     if not bool(w.any()):
         raise CohortError("fltrust found no row that points the way of the server's own update")
     return w
+
+
+@rule("weigher", init=lambda **_: {}, traits=("server_data", "trust"))
+def trust(
+    cohort: Cohort,
+    state: ServerState,
+    kept: Kept,
+    *,
+    temperature: Positive = 0.2,
+    floor: Positive = 0.1,
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+) -> tuple[Tensor, Kept]:
+    """Accuracy gain x similarity / KL divergence, by softmax over the cohort, smoothed over rounds.
+
+    Gain: the accuracy on the server's own examples after a row (less its loss where there are no classes), from 0 for
+    the worst row of the cohort to 1 for the best. Similarity: the cosine with the coordinate-wise median, 0 where
+    negative. KL divergence, in nats and at least `floor`: of the label shares a client claims from the cohort's mean
+    (client.labels = true); 1 where a client claims none. The score, over the cohort's largest, goes through a softmax
+    of `temperature` across the cohort; `memory` of a client's trust comes from the rounds before. 1 is the mean
+    trust. Costs a pass over the server's examples for each row.
+    """
+    rows = _finite(cohort, "trust")
+    found = _referee(cohort).judge(state.theta + cohort.U[i] for i in rows)
+    good = torch.where(found.accuracy.isnan(), -found.loss, found.accuracy).nan_to_num(nan=-math.inf)
+    gain = (good - good[good > -math.inf].min()) if bool((good > -math.inf).any()) else torch.zeros_like(good)
+    gain = gain.clamp(min=0) / gain.max() if float(gain.max()) > 0 else torch.ones_like(gain)
+    score = gain * _cosine_with_median(cohort, rows).clamp(min=0) / _divergence(cohort, rows).clamp(min=floor)
+    score = score / score.max() if float(score.max()) > 0 else torch.ones_like(score)
+    now = torch.softmax(score / temperature, 0) * len(rows)
+    before = torch.stack([kept.get(cohort.client[i], _ONE) for i in rows])
+    w = torch.zeros(len(cohort), dtype=torch.float64)
+    w[rows] = memory * before + (1 - memory) * now
+    return w, {**kept, **{cohort.client[i]: w[i] for i in rows}}
+
+
+def _cosine_with_median(cohort: Cohort, rows: list[int]) -> Tensor:
+    median = order.trimmed_mean(cohort.U, (len(rows) - 1) // 2, rows)
+    lengths = cohort.norm[rows] * math.sqrt(distance.sq_norm(median))
+    along = distance.along(cohort.U, median).cpu()[rows]
+    return torch.where(lengths > 0, along / lengths.clamp(min=_TINY), 0.0)
+
+
+def _divergence(cohort: Cohort, rows: list[int]) -> Tensor:
+    """KL(claimed label shares || the cohort's mean of them) in nats; 1 without a claim, or one of other classes."""
+    claimed = [cohort.labels[i] for i in rows]
+    classes = max(len(shares) for shares in claimed)
+    given = torch.tensor([list(s) for s in claimed if len(s) == classes], dtype=torch.float64)
+    mean = given.mean(0).clamp(min=_TINY)
+    found = torch.ones(len(rows), dtype=torch.float64)
+    for k, shares in enumerate(claimed):
+        if classes and len(shares) == classes:
+            p = torch.tensor(shares, dtype=torch.float64)
+            found[k] = float(torch.special.xlogy(p, p / mean).sum())
+    return found
+
+
+@rule("weigher", init=lambda **_: {})
+def foolsgold(cohort: Cohort, state: ServerState, kept: Kept, *, confidence: Positive = 1.0) -> tuple[Tensor, Kept]:
+    """Less for rows that go together: 1 less the largest cosine between clients' summed updates (FoolsGold).
+
+    Fung, Yoon and Beschastnikh 2020, algorithm 1, with its pardoning and its logit (`confidence` is kappa), over all
+    columns. The sums are kept as sketches of 2,048 columns, so cosines are off by some 2%. For data that differs
+    between clients: where it does not, honest rows go together as well.
+    """
+    rows = _finite(cohort, "foolsgold")
+    short = sketch.sketch(cohort.U)
+    sums = {cohort.client[i]: kept.get(cohort.client[i], torch.zeros_like(short[i])) + short[i] for i in rows}
+    S = torch.stack([sums[cohort.client[i]] for i in rows])
+    lengths = S.norm(dim=1)
+    C = torch.where(lengths[:, None] * lengths > 0, S @ S.T / (lengths[:, None] * lengths).clamp(min=_TINY), 0.0)
+    C.fill_diagonal_(-1.0)
+    most = C.max(1).values if len(rows) > 1 else torch.zeros(1, dtype=torch.float64)
+    pardon = torch.where(most[None] > most[:, None], most[:, None] / most[None].clamp(min=_TINY), 1.0)
+    v = (1 - (C * pardon).max(1).values).clamp(0, 1) if len(rows) > 1 else torch.ones(1, dtype=torch.float64)
+    v = (v / v.max()).clamp(max=0.99) if float(v.max()) > 0 else torch.full_like(v, 0.5)
+    w = torch.zeros(len(cohort), dtype=torch.float64)
+    w[rows] = (confidence * (torch.log(v.clamp(min=_TINY) / (1 - v)) + 0.5)).clamp(0, 1)
+    return w, {**kept, **sums}
 
 
 def _finite(cohort: Cohort, name: str) -> list[int]:

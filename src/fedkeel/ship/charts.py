@@ -150,10 +150,16 @@ def verdicts(title: str, rows: Sequence[Row], key: str, *, truth: bool) -> Chart
     return Chart(title, _svg(figure, key, f"{title}, stacked by verdict."), tuple(legend))
 
 
-def norms(
-    title: str, dots: Mapping[str, Sequence[tuple[int, float]]], key: str, *, truth: bool, note: str = ""
+def scatter(
+    title: str,
+    dots: Mapping[str, Sequence[tuple[int, float]]],
+    key: str,
+    *,
+    truth: bool,
+    logarithmic: bool = False,
+    note: str = "",
 ) -> Chart:
-    """Norm of each update, on a logarithmic scale: a dot for one admitted, a cross for one refused."""
+    """A figure of each update: a dot for one admitted, a cross for one refused."""
     from matplotlib.ticker import LogLocator
 
     figure, axes = _figure(196)
@@ -163,13 +169,15 @@ def norms(
         x, y = zip(*values, strict=True)
         axes.plot(x, y, marker, color=colour, markersize=3 if marker == "o" else 4.5, markeredgewidth=1.1, alpha=0.75)
         legend.append((label, _CSS[colour], "dot" if marker == "o" else "cross"))
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,), numticks=9))
+    if logarithmic:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 500 * low else (1.0,), numticks=9))
     axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axes.minorticks_off()
     _rounds(axes)
-    return Chart(title, _svg(figure, key, f"{title}, on a logarithmic scale."), tuple(legend), note)
+    said = f"{title}, on a logarithmic scale." if logarithmic else f"{title}."
+    return Chart(title, _svg(figure, key, said), tuple(legend), note)
 
 
 def grid(title: str, cells: Grid, key: str, *, truth: bool, note: str = "") -> Chart:

@@ -16,7 +16,7 @@ from fedkeel.core.errors import InputError, RunError
 if TYPE_CHECKING:  # a reader of the ledger needs no torch
     from fedkeel.core.types import ClientRow, RoundReport
 
-SCHEMA = 1
+SCHEMA = 2
 _APPLICATION = 0x66656B6C  # "fekl": tells our file from any other SQLite file
 _TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -25,7 +25,7 @@ CREATE TABLE rounds(
     bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL, epsilon REAL, seconds TEXT NOT NULL, wall REAL NOT NULL);
 CREATE TABLE updates(
     round INTEGER NOT NULL REFERENCES rounds ON DELETE CASCADE, client TEXT NOT NULL,
-    stage TEXT, rule TEXT, reason TEXT, score REAL, weight REAL, norm REAL, cosine REAL,
+    stage TEXT, rule TEXT, reason TEXT, score REAL, weight REAL, norm REAL, cosine REAL, variance REAL, trust REAL,
     num_examples INTEGER, steps INTEGER, staleness INTEGER, bytes_up INTEGER NOT NULL, metrics TEXT NOT NULL,
     hostile INTEGER);
 CREATE INDEX updates_round ON updates(round);
@@ -82,7 +82,9 @@ class Ledger:
             if _scalar(self._db, "PRAGMA application_id") != _APPLICATION:
                 raise InputError(f"{self.path} is a database, but no ledger of a run: name the directory of a run")
             if (schema := _scalar(self._db, "PRAGMA user_version")) != SCHEMA:
-                raise InputError(f"{self.path} has schema {schema} and this fedkeel reads {SCHEMA}: update fedkeel")
+                raise InputError(
+                    f"{self.path} has schema {schema}, this fedkeel reads {SCHEMA}: use the fedkeel that wrote it"
+                )
             if not self._readonly:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA synchronous = NORMAL")
@@ -137,7 +139,7 @@ class Ledger:
         rows = [_update(report.round, client, hostile) for client in report.clients]
         with self.transaction():
             self._db.execute("INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", line)
-            self._db.executemany("INSERT INTO updates VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+            self._db.executemany("INSERT INTO updates VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
 
     def write_metrics(
         self,
@@ -210,7 +212,8 @@ def _update(round: int, row: ClientRow, hostile: set[str] | None) -> tuple[Any, 
     metrics = _json(dict(row.metrics)) if row.metrics else "{}"
     truth = None if hostile is None else row.client in hostile
     client, reason = _text(row.client), _text(reason)
-    return (round, client, stage, rule, reason, score, row.weight, row.norm, row.cosine, *counts, metrics, truth)
+    figures = (score, row.weight, row.norm, row.cosine, row.variance, row.trust)
+    return (round, client, stage, rule, reason, *figures, *counts, metrics, truth)
 
 
 def _whole(value: int | None) -> int | None:

@@ -296,12 +296,19 @@ def _admission(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
         if len(run.grid.weight) < run.grid.clients:
             note += f" {words.count(run.grid.clients, 'client')}; each line is the mean of several."
         drawn.append(charts.grid("Every client in every round", run.grid, next(keys), truth=truth, note=note))
-    if run.dots:
-        shown, judged = sum(map(len, run.dots.values())), run.counts.honest + run.counts.hostile
-        note = f"A sample of {shown:,} of {judged:,} updates. " if shown + run.without_norm < judged else ""
-        if run.without_norm:
-            note += f"{words.count(run.without_norm, 'update')} with no finite norm left out."
-        drawn.append(charts.norms("Norm of each update", run.dots, next(keys), truth=truth, note=note))
+    titles = {
+        "norm": "Norm of each update",
+        "cosine": "Cosine of each update with the aggregate",
+        "trust": "Trust in each client, 1 being the mean",
+    }
+    for column, title in titles.items():
+        if dots := run.dots[column]:
+            shown, judged = sum(map(len, dots.values())), run.counts.honest + run.counts.hostile
+            note = f"A sample of {shown:,} of {judged:,} updates. " if shown + run.without_norm < judged else ""
+            if run.without_norm and column == "norm":
+                note += f"{words.count(run.without_norm, 'update')} with no finite norm left out."
+            logarithmic = column == "norm"
+            drawn.append(charts.scatter(title, dots, next(keys), truth=truth, logarithmic=logarithmic, note=note))
     return drawn
 
 

@@ -23,7 +23,10 @@ _VERDICT = (
     "CASE WHEN stage IS NULL THEN 'admitted' WHEN stage IN ('train', 'transport', 'late') THEN 'lost' "
     "ELSE 'refused' END"
 )
-_NO_NORM = f"SELECT count(*) AS n FROM updates WHERE (norm IS NULL OR norm > 1e300) AND {_VERDICT} != 'lost'"
+_NO_NORM = (
+    f"SELECT count(*) AS n FROM updates WHERE (norm IS NULL OR norm > 1e300) AND {_VERDICT} != 'lost' "
+    "AND stage IS NOT 'quarantine'"
+)
 
 
 class Point(NamedTuple):
@@ -101,7 +104,7 @@ class Run:
     verdicts: list[Row]  # per bin of rounds: round, honest_admitted, honest_refused, hostile_admitted, hostile_refused
     refusals: list[Row]  # stage, rule, updates, hostile, clients, reason
     accused: list[Row]  # the clients refused most
-    dots: dict[str, list[tuple[int, float]]]  # sort of update -> (round, norm)
+    dots: dict[str, dict[str, list[tuple[int, float]]]]  # norm, cosine or trust -> sort of update -> (round, figure)
     without_norm: int
     grid: Grid | None
     traffic: list[Row]
@@ -154,7 +157,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
             verdicts=_verdicts(ledger, first, step),
             refusals=_refusals(ledger),
             accused=_accused(ledger),
-            dots=_dots(ledger, counts),
+            dots={column: _dots(ledger, counts, column) for column in ("norm", "cosine", "trust")},
             without_norm=ledger.query(_NO_NORM)[0]["n"],
             grid=_grid(ledger, first, last),
             traffic=ledger.query(
@@ -235,7 +238,9 @@ def _accused(ledger: Ledger) -> list[Row]:
     """The clients refused most, then hostile ones, then those of the most weight."""
     rows = ledger.query(
         f"SELECT client, max(hostile) AS hostile, count(*) AS updates, total({_VERDICT} = 'refused') AS refused, "
-        f"total({_VERDICT} = 'lost') AS lost, avg(weight) AS weight, avg(CASE WHEN norm < 1e300 THEN norm END) AS norm "
+        f"total({_VERDICT} = 'lost') AS lost, avg(weight) AS weight, "
+        "avg(CASE WHEN norm < 1e300 THEN norm END) AS norm, avg(CASE WHEN variance < 1e300 THEN variance END) "
+        "AS variance, avg(cosine) AS cosine, avg(trust) AS trust "
         "FROM updates GROUP BY client ORDER BY refused DESC, hostile DESC, weight DESC, client LIMIT ?",
         CLIENTS,
     )
@@ -248,22 +253,25 @@ def _accused(ledger: Ledger) -> list[Row]:
     return rows
 
 
-def _dots(ledger: Ledger, counts: Counts) -> dict[str, list[tuple[int, float]]]:
-    """Norms of about `DOTS` updates of each sort, picked by a hash of their place in the ledger."""
+def _dots(ledger: Ledger, counts: Counts, column: str) -> dict[str, list[tuple[int, float]]]:
+    """A figure of about `DOTS` updates of each sort, picked by a hash of their place in the ledger."""
+    least = 0 if column == "norm" else -1e300  # a norm goes on a logarithmic scale
     result = {}
     for sort in ("honest_admitted", "honest_refused", "hostile_admitted", "hostile_refused"):
         truth, verdict = sort.split("_")
         stride = max(1, math.ceil(getattr(counts, sort) / DOTS))
         rows = ledger.query(
-            "SELECT round, norm FROM updates WHERE norm > 0 AND norm < 1e300 AND ifnull(hostile, 0) = ? "
-            f"AND {_VERDICT} = ? AND (rowid * 7919 % 1000003) % ? = 0 ORDER BY rowid LIMIT ?",
+            f"SELECT round, {column} AS figure FROM updates WHERE {column} > ? AND {column} < 1e300 "
+            f"AND ifnull(hostile, 0) = ? AND {_VERDICT} = ? AND (rowid * 7919 % 1000003) % ? = 0 "
+            "ORDER BY rowid LIMIT ?",
+            least,
             int(truth == "hostile"),
             verdict,
             stride,
             2 * DOTS,
         )
         if rows:
-            result[sort] = [(row["round"], row["norm"]) for row in rows]
+            result[sort] = [(row["round"], row["figure"]) for row in rows]
     return result
 
 

@@ -15,11 +15,13 @@ from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.types import ClientMemory
+from fedkeel.round import device
 from fedkeel.round.plan import Plan
+from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.wire import MAX_NAME
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
-from fedkeel.sim.pool import Pool, clients, keep_back
+from fedkeel.sim.pool import Pool, clients, keep_back, label_histogram
 from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
 from fedkeel.train.contract import ClientData, Prepare
 
@@ -107,6 +109,14 @@ class Federation:
         """The first model (P,)."""
         return self.layout.flatten(self.module)[self.layout.shared].clone()
 
+    def label_shares(self) -> dict[str, tuple[float, ...]]:
+        """What each client says of its labels; nothing unless the job has them told."""
+        if not (self.job.client.labels and self.pool.classes):
+            return {}
+        counts = label_histogram(self.data, self.pool.classes)
+        key, noise = self.key.fold("labels"), self.job.client.label_noise
+        return {name: device.label_shares(counts[i], noise, key.fold(name)) for i, name in enumerate(self.names)}
+
     def private(self) -> Tensor | None:
         """The first private columns of every client (W - P,), or None where all columns are shared."""
         if self.layout.width == self.layout.columns:
@@ -190,6 +200,7 @@ def build_plan(job: Job) -> Plan:
         weighers=job.rules("aggregate.weigh", "weigher"),
         mixers=job.rules("aggregate.mix", "mixer"),
         zstd=job.client.zstd,
+        quarantine=None if job.quarantine.limit is None else Quarantine(job.quarantine.limit, job.quarantine.decay),
     )
 
 

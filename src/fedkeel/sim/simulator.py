@@ -76,6 +76,7 @@ class Simulator:
         )
         self._index = {name: i for i, name in enumerate(federation.names)}
         self._private = federation.private()
+        self._labels = federation.label_shares()
         self._now = now
         self._events: list[tuple[float, int, int, _Outcome | None]] = []
         self._ticks = itertools.count()
@@ -205,7 +206,8 @@ class Simulator:
     def _claims(self, order: orders.Train, done: Trained) -> Claims:
         digest = self.federation.layout.digest
         metrics = {"loss": done.loss}
-        return Claims(order.client, order.task, order.version, digest, done.num_examples, done.steps, metrics)
+        labels = self._labels.get(order.client, ())
+        return Claims(order.client, order.task, order.version, digest, done.num_examples, done.steps, metrics, labels)
 
     def _spent(self, part: str, started: float) -> None:
         self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started

@@ -103,7 +103,10 @@ def cohort(U: Tensor, order: Sequence[int] | None = None) -> Cohort:
     columns, third = U.shape[1], -(-U.shape[1] // 3)
     layers = tuple(slice(start, min(start + third, columns)) for start in range(0, columns, max(third, 1)))
     metrics: tuple[dict[str, float], ...] = tuple({} for _ in at)
-    return Cohort(U, names, counts, zero, zero + 5, norm, slice(0, columns), layers, metrics, KEY, Bowl(columns))
+    labels = tuple((0.5 + i / 1000, 0.5 - i / 1000) for i in at)
+    return Cohort(
+        U, names, counts, zero, zero + 5, norm, slice(0, columns), layers, metrics, labels, KEY, Bowl(columns)
+    )
 
 
 def asked(rule: Rule, given: Cohort, kept: Mapping[str, Tensor] | None = None) -> Any:
