@@ -133,6 +133,10 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
         text = directory.job.read_text()
         if ledger.meta.get("settings", text) != text:
             raise InputError(f"'{directory.job}' was changed since the run began: restore it, or begin a new run")
+        if (before := ledger.meta.get("plan")) not in (None, [list(step) for step in federation.plan.steps]):
+            raise InputError(
+                f"'{directory.path}' was begun with other rules ({before}): go on with the fedkeel that began it"
+            )
         with contextlib.closing(federation.trainer(backend)) as trainer:
             newest = checkpoint.latest(directory.checkpoints)
             if newest is None:
@@ -245,6 +249,7 @@ def _meta(federation: Federation, trainer: Trainer, settings: str) -> dict[str, 
         "seed": job.seed,
         "rounds": job.rounds,
         "plan": federation.plan.steps,
+        **({"auto": federation.chosen} if federation.chosen else {}),
         "backend": trainer.name,
         "fedkeel": version("fedkeel"),
         "torch": version("torch"),

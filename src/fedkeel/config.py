@@ -87,7 +87,13 @@ class Aggregate(Section):
     screens: tuple[str, ...] = Field((), description="against the cohort: `fedkeel rules screen`")
     weigh: tuple[str, ...] = Field(("examples",), description="weights, multiplied: `fedkeel rules weigher`")
     mix: tuple[str, ...] = Field((), description="in order: `fedkeel rules mixer`")
-    reduce: str = Field("mean", description="rows to one: `fedkeel rules reducer`")
+    reduce: str = Field(
+        "mean",
+        description="rows to one: `fedkeel rules reducer`; or auto, which chooses screens, weigh and mix as well",
+    )
+    hostile: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="how many of the clients auto allows for being hostile; a fifth of them when left out"
+    )
 
 
 class Quarantine(Section):
@@ -125,6 +131,9 @@ class Record(Section):
 
     evaluate_every: Positive = Field(1, description="rounds between evaluations; the last round always is")
     checkpoint_every: Positive = Field(10, description="rounds between checkpoints")
+    contribution: str | None = Field(
+        None, description="what each client was worth, in every round: `fedkeel rules contribution`"
+    )
 
 
 class Job(Section):
@@ -147,6 +156,8 @@ class Job(Section):
     record: Record = Record()
 
     def __init__(self, **values: Any) -> None:
+        if values.get("aggregate") == "auto":
+            values["aggregate"] = {"reduce": "auto"}
         try:
             super().__init__(**_tuples(values))
         except ValidationError as error:

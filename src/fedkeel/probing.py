@@ -14,21 +14,26 @@ from fedkeel.api import Progress
 from fedkeel.comparison import folder, interval, known, run_or_resume, teller
 from fedkeel.config import Job
 from fedkeel.core.errors import FedkeelError, InputError, InterruptedRunError
+from fedkeel.sim.composition import hostile_in_cohort
 
 ATTACKS = (
     *("sign_flip", "gaussian", "nan", "alie", "ipm(scale=2.0)", "min_max", "min_sum", "fang", "mimic", "replacement"),
-    *("sybil", "free_rider", "inflated_count", "label_flip"),
+    *("sybil", "free_rider", "inflated_count", "label_flip", "backdoor", "backdoor + replacement", "tailored(tries=3)"),
 )
 NO_ATTACK, OWN, PLAIN = "no attack", "the job's own", "plain mean"
 BENDS = 0.1
 """Accuracy that a defence may lose to an attack and still only bend."""
+VERDICTS = "breaks", "bends", "holds"
+FOOLED = 0.05, 0.2
+"""Success of a trigger up to which a defence holds, and bends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One defence under one attack: the final accuracy of every seed, their mean and its 95% interval.
 
-    `verdict` compares the mean with the clean run of the plain mean: holds, bends or breaks.
+    `backdoor` is the mean success of an attack with a trigger, else None. `verdict` compares the mean with the clean
+    run of the plain mean, and the success with what may pass: holds, bends or breaks.
     """
 
     attack: str
@@ -37,6 +42,7 @@ class Cell:
     mean: float
     low: float
     high: float
+    backdoor: float | None
     verdict: str
 
 
@@ -57,14 +63,13 @@ class Probe:
         return next(c for c in self.cells if (c.attack, c.defence) == (attack, defence))
 
     def worst(self, defence: str) -> Cell:
-        """The attack that this defence does worst against."""
-        under = [c for c in self.cells if c.defence == defence]
-        return min(under, key=lambda c: c.mean if math.isfinite(c.mean) else -math.inf)
+        """The attack that this defence does worst against: by verdict, then by accuracy."""
+        return min((c for c in self.cells if c.defence == defence), key=_standing)
 
     @property
     def best(self) -> str:
         """The defence whose worst case is the best."""
-        return max(self.defences, key=lambda d: known(self.worst(d).mean) or 0.0)
+        return max(self.defences, key=lambda d: _standing(self.worst(d)))
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -76,14 +81,16 @@ class Probe:
                 "mean": known(c.mean),
                 "low": known(c.low),
                 "high": known(c.high),
+                "backdoor": c.backdoor,
                 "verdict": c.verdict,
             }
             for c in self.cells
         ]
 
 
-def defences(f: int) -> dict[str, tuple[str, ...]]:
-    """The defences that are tried, by name: settings of [aggregate] that allow for f hostile rows a round."""
+def defences(f: int, hostile: int) -> dict[str, tuple[str, ...]]:
+    """The defences that are tried, by name: settings of [aggregate] that allow for f hostile rows a round, of
+    `hostile` hostile clients."""
     return {
         PLAIN: (),
         "median": ("aggregate.reduce=median",),
@@ -97,6 +104,9 @@ def defences(f: int) -> dict[str, tuple[str, ...]]:
         "norm and cosine screens": ("aggregate.screens=norm_mad,cosine",),
         "norm screen and DnC": (f"aggregate.screens=norm_mad,dnc(f={f})",),
         "FLAME": ("aggregate.screens=flame", "aggregate.mix=norm_cap()"),
+        "FLTrust": ("aggregate.weigh=fltrust", "aggregate.mix=equal_norms"),
+        "trust": ("aggregate.screens=norm_mad", "aggregate.weigh=trust", "aggregate.mix=norm_cap"),
+        "auto": ("aggregate.reduce=auto", f"aggregate.hostile={hostile}"),
     }
 
 
@@ -130,14 +140,13 @@ def probe(
     for attack in attacks:
         _ = base.with_settings([f"attack.rule={attack}", f"attack.clients={hostile}"]).attacks
     bare = ["aggregate.screens=", "aggregate.weigh=examples", "aggregate.mix=", "aggregate.reduce=mean"]
-    # Of a sampled cohort, one more hostile row than is to be expected.
-    share = hostile if base.cohort == job.data.clients else math.ceil(hostile * base.cohort / job.data.clients) + 1
+    f = hostile_in_cohort(hostile, job.data.clients, base.cohort)
     jobs: dict[str, Job] = {}
     left_out: dict[str, str] = {}
-    for name, settings in {OWN: None, **defences(min(share, hostile))}.items():
+    for name, settings in {OWN: None, **defences(f, hostile)}.items():
         variant = base if settings is None else base.with_settings([*bare, *settings])
         try:
-            build_plan(variant)
+            build_plan(variant).check_referee(variant.server.examples > 0)
         except InputError as error:
             if name == OWN:
                 raise
@@ -152,7 +161,7 @@ def probe(
     clean = next(c.mean for c in cells if (c.attack, c.defence) == (NO_ATTACK, PLAIN))
     if not math.isfinite(clean):
         raise InputError("the clean run of the plain mean has no accuracy to compare with: give it labels to predict")
-    judged = tuple(replace(c, verdict=_verdict(c.mean, clean, tolerance)) for c in cells)
+    judged = tuple(replace(c, verdict=_verdict(c, clean, tolerance)) for c in cells)
     recipes = {name: tuple(_recipe(variant)) for name, variant in jobs.items()}
     found = Probe(
         clean, hostile, (NO_ATTACK, *attacks), recipes, left_out, judged, root / "probe.csv", root / "report.html"
@@ -181,25 +190,36 @@ def _cells(
                 place = root / folder({"attack": attack}) / folder({"defence": defence}) / f"seed-{seed}"
                 one = job.with_settings([*under, f"seed={seed}"])
                 values.append(_final(one, place, teller(watch, f"{defence} under {attack}", seed)))
-            mean, low, high = interval(values, 0.0, 1.0) if seeds > 1 else (values[0],) * 3
-            yield Cell(attack, defence, tuple(values), mean, low, high, "")
+            accuracies, successes = [v for v, _ in values], [s for _, s in values if s is not None]
+            mean, low, high = interval(accuracies, 0.0, 1.0) if seeds > 1 else (accuracies[0],) * 3
+            success = sum(successes) / len(successes) if successes else None
+            yield Cell(attack, defence, tuple(accuracies), mean, low, high, success, "")
 
 
-def _final(job: Job, place: Path, watch: Callable[[Progress], None]) -> float:
-    """The final accuracy; NaN where the attack ended the run, or the model is not finite."""
+def _final(job: Job, place: Path, watch: Callable[[Progress], None]) -> tuple[float, float | None]:
+    """The final accuracy, NaN where the attack ended the run or the model is not finite, and a trigger's success."""
     try:
-        row = run_or_resume(job, place, watch).final()
+        done = run_or_resume(job, place, watch)
     except (InputError, InterruptedRunError):
         raise
     except FedkeelError:
-        return math.nan
-    return math.nan if row is None or row["value"] is None else float(row["value"])
+        return math.nan, None
+    accuracy, success = done.final(), done.final("backdoor")
+    found = math.nan if accuracy is None or accuracy["value"] is None else float(accuracy["value"])
+    return found, None if success is None else success["value"]
 
 
-def _verdict(mean: float, clean: float, tolerance: float) -> str:
-    if math.isfinite(mean) and mean >= clean - tolerance:
+def _standing(cell: Cell) -> tuple[int, float]:
+    """What is worse comes first."""
+    return VERDICTS.index(cell.verdict), cell.mean if math.isfinite(cell.mean) else -math.inf
+
+
+def _verdict(cell: Cell, clean: float, tolerance: float) -> str:
+    mean = cell.mean if math.isfinite(cell.mean) else -math.inf
+    success = cell.backdoor or 0.0
+    if mean >= clean - tolerance and success <= FOOLED[0]:
         return "holds"
-    return "bends" if math.isfinite(mean) and mean >= clean - BENDS else "breaks"
+    return "bends" if mean >= clean - BENDS and success <= FOOLED[1] else "breaks"
 
 
 def _recipe(job: Job) -> Iterator[str]:

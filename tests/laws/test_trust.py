@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ from torch import Tensor
 
 from fedkeel import build
 from fedkeel.core.errors import CohortError, InputError
-from fedkeel.core.types import Cohort, ServerState
+from fedkeel.core.types import Cohort, Judged, ServerState
 from fedkeel.kernels import sketch
 from fedkeel.testing import cohort, rows
-from fedkeel.testing.harness import asked
+from fedkeel.testing.harness import Bowl, asked
 
 
 def helpful(n: int, columns: int = 60) -> Tensor:
@@ -201,3 +203,52 @@ def test_sketches_keep_cosines() -> None:
     assert float((exact - found).abs().max()) < 6 / sketch.WIDTH**0.5
     few = rows(5, 700)
     assert torch.allclose(sketch.sketch(few) @ sketch.sketch(few).T, few.double() @ few.double().T)
+
+
+def _exact_shapley(U: Tensor) -> list[float]:
+    """By all orders, of the mean of those who came; the referee's loss."""
+    referee, n = cohort(U).referee, len(U)
+    assert referee is not None
+
+    def worth(members: tuple[int, ...]) -> float:
+        model = U[list(members)].mean(0) if members else torch.zeros(U.shape[1])
+        return -float(referee.judge([model]).loss[0])
+
+    values = [0.0] * n
+    orders = list(permutations(range(n)))
+    for order in orders:
+        for place, i in enumerate(order):
+            values[i] += worth(order[: place + 1]) - worth(order[:place])
+    return [value / len(orders) for value in values]
+
+
+def test_shapley_values_are_those_of_all_orders() -> None:
+    U = helpful(5, 12)
+    U[3] *= -1
+    exact = _exact_shapley(U)
+    found = build("contribution", "gtg_shapley", orders=2000, truncate=0.0)(
+        cohort(U), torch.ones(5, dtype=torch.float64), ServerState(torch.zeros(12))
+    )
+    assert found.tolist() == pytest.approx(exact, abs=0.06 * max(map(abs, exact)))
+    assert float(found.sum()) == pytest.approx(sum(exact), rel=1e-5)
+
+
+def test_truncation_saves_passes_and_keeps_the_sum() -> None:
+    class Counting(Bowl):
+        asked = 0
+
+        def judge(self, models: Iterable[Tensor]) -> Judged:
+            models = list(models)
+            Counting.asked += len(models)
+            return super().judge(models)
+
+    given = dataclasses.replace(cohort(helpful(12)), referee=Counting(60))
+    cost, sums = [], []
+    for truncate in (0.0, 0.2):
+        Counting.asked = 0
+        rule = build("contribution", "gtg_shapley", truncate=truncate)
+        sums.append(float(rule(given, torch.ones(12, dtype=torch.float64), ServerState(torch.zeros(60))).sum()))
+        cost.append(Counting.asked)
+    assert cost[0] == 12 * 11 + 2
+    assert cost[1] < cost[0] / 2
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)

@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "weigher": ("(cohort, state) -> (n,)", "fedkeel.rules.weigh"),
     "mixer": ("(U, w, key) -> (U, w)", "fedkeel.rules.mix"),
     "reducer": ("(U, w) -> (P,)", "fedkeel.rules.reduce"),
+    "contribution": ("(cohort, w, state) -> (n,)", "fedkeel.rules.contribution"),
     "server_optimiser": ("(theta, d, s) -> (theta, s)", "fedkeel.rules.server_opt"),
     "attack": ("(U, bad, keys) -> rows (f, P), with trait rows; or on claims, data", "fedkeel.rules.attack"),
     "scheduler": ("(view) -> decision", "fedkeel.rules.schedule"),

@@ -189,7 +189,7 @@ class ClientRow:
     """One client's line of a round report. `weight` is its share of the sum of weights, 0 when it was not used.
 
     `norm` (L2) and `variance` are of all columns of its update, `cosine` is with the aggregate; `trust` as its weigher
-    keeps it, 1 being the mean.
+    keeps it, 1 being the mean; `contribution` is the drop of the server's loss that it was worth.
     """
 
     client: str
@@ -199,6 +199,7 @@ class ClientRow:
     cosine: float | None = None
     variance: float | None = None
     trust: float | None = None
+    contribution: float | None = None
     num_examples: int | None = None
     steps: int | None = None
     staleness: int | None = None

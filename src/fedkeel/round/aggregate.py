@@ -18,7 +18,8 @@ from fedkeel.round.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the arithmetic gave: the direction (P,), its norm; shares of weight, cosines and trust by row of the cohort.
+    """What the arithmetic gave: the direction (P,), its norm; by row of the cohort shares of weight, cosines, trust,
+    contributions.
 
     `kept` is what stateful rules keep from now on.
     """
@@ -28,6 +29,7 @@ class Outcome:
     weights: Mapping[int, float] = field(default_factory=dict)
     cosines: Mapping[int, float] = field(default_factory=dict)
     trust: Mapping[int, float] = field(default_factory=dict)
+    contributions: Mapping[int, float] = field(default_factory=dict)
     kept: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
@@ -89,6 +91,7 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
         dict(zip(rows, shares.tolist(), strict=True)),
         dict(zip(rows, cosines, strict=True)),
         trust,
+        _contributions(plan, cohort, weights, state, rows),
         memory,
     )
 
@@ -99,6 +102,15 @@ def sum_of(weights: Tensor) -> float:
     if not (math.isfinite(total) and total > 0):
         raise CohortError(f"the weights of {len(weights)} updates sum to {total:g}")
     return total
+
+
+def _contributions(
+    plan: Plan, cohort: Cohort, weights: Tensor, state: ServerState, rows: list[int]
+) -> dict[int, float]:
+    if plan.contribution is None:
+        return {}
+    values = plan.contribution(cohort, weights, state).tolist()
+    return {row: value for row, value in zip(rows, values, strict=True) if math.isfinite(value)}
 
 
 def _compacted(cohort: Cohort, rows: list[int]) -> Cohort:

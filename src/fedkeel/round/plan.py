@@ -34,6 +34,7 @@ class Plan:
     zstd: int = 0
     max_staleness: int = 0
     quarantine: Quarantine | None = None
+    contribution: Rule | None = None
 
     def __post_init__(self) -> None:
         if self.cohort < 1:
@@ -83,7 +84,7 @@ class Plan:
 
     def check_referee(self, there: bool) -> None:
         """Refuse rules that judge with the server's own examples where it has none."""
-        for rule in (*self.screens, *self.weighers):
+        for rule in (*self.screens, *self.weighers, *((self.contribution,) if self.contribution else ())):
             if "server_data" in rule.definition.traits and not there:
                 raise InputError(
                     f"{rule.kind} '{rule!r}' judges with the server's own examples, but it has none: "
@@ -93,7 +94,8 @@ class Plan:
     def streams(self, columns: int) -> bool:
         """Whether this plan sums rows as they come: a mean by per-row weights, too large to be worth keeping."""
         per_row = all("per_row" in w.definition.traits for w in self.weighers)
-        mean = "streams" in self.reducer.definition.traits and not (self.screens or self.mixers)
+        kept = self.screens or self.mixers or self.contribution
+        mean = "streams" in self.reducer.definition.traits and not kept
         return mean and per_row and 4 * self.cohort * columns > STREAM_ABOVE
 
     @property
@@ -111,6 +113,7 @@ class Plan:
             ("weigh", self.weighers),
             ("mix", self.mixers),
             ("reduce", (self.reducer,)),
+            ("value", (self.contribution,) if self.contribution else ()),
             ("optimise", (self.optimiser,)),
         ]
         return [(stage, ", ".join(map(str, rules))) for stage, rules in stages if rules]

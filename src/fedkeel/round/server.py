@@ -296,6 +296,7 @@ class Server:
                     weight=weight,
                     cosine=None if skip else outcome.cosines.get(i),
                     trust=None if skip else outcome.trust.get(i),
+                    contribution=None if skip else outcome.contributions.get(i),
                     staleness=admitted.staleness,
                 )
             )

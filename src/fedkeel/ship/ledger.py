@@ -26,6 +26,7 @@ CREATE TABLE rounds(
 CREATE TABLE updates(
     round INTEGER NOT NULL REFERENCES rounds ON DELETE CASCADE, client TEXT NOT NULL,
     stage TEXT, rule TEXT, reason TEXT, score REAL, weight REAL, norm REAL, cosine REAL, variance REAL, trust REAL,
+    contribution REAL,
     num_examples INTEGER, steps INTEGER, staleness INTEGER, bytes_up INTEGER NOT NULL, metrics TEXT NOT NULL,
     hostile INTEGER);
 CREATE INDEX updates_round ON updates(round);
@@ -139,7 +140,7 @@ class Ledger:
         rows = [_update(report.round, client, hostile) for client in report.clients]
         with self.transaction():
             self._db.execute("INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", line)
-            self._db.executemany("INSERT INTO updates VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+            self._db.executemany("INSERT INTO updates VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
 
     def write_metrics(
         self,
@@ -212,7 +213,7 @@ def _update(round: int, row: ClientRow, hostile: set[str] | None) -> tuple[Any, 
     metrics = _json(dict(row.metrics)) if row.metrics else "{}"
     truth = None if hostile is None else row.client in hostile
     client, reason = _text(row.client), _text(reason)
-    figures = (score, row.weight, row.norm, row.cosine, row.variance, row.trust)
+    figures = (score, row.weight, row.norm, row.cosine, row.variance, row.trust, row.contribution)
     return (round, client, stage, rule, reason, *figures, *counts, metrics, truth)
 
 

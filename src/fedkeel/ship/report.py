@@ -118,6 +118,7 @@ def write_probe(path: Path | str, found: Probe, *, seeds: int, tolerance: float,
     def cell(of: Cell) -> dict[str, str]:
         figure = f"{100 * of.mean:.1f}" if math.isfinite(of.mean) else "diverged"
         spread = f", {100 * of.low:.1f} to {100 * of.high:.1f}" if seeds > 1 and math.isfinite(of.mean) else ""
+        spread += "" if of.backdoor is None else f", mark believed {100 * of.backdoor:.0f}%"
         return {"figure": figure, "verdict": of.verdict, "interval": spread}
 
     names = list(found.defences)
@@ -129,7 +130,8 @@ def write_probe(path: Path | str, found: Probe, *, seeds: int, tolerance: float,
         f"plain mean reaches {100 * found.clean:.1f}% without an attack, and falls to {against} under {plain.attack}. "
         f"Hostile: {words.count(found.hostile, 'client')}.",
         "note": f"Means over {words.count(seeds, 'seed')}. Holds: at most {100 * tolerance:g} points below the plain "
-        f"mean's clean run; bends: at most 10; breaks: more.",
+        f"mean's clean run; bends: at most 10; breaks: more. A backdoor's mark may be believed in 5% of examples by a "
+        "defence that holds, in 20% by one that bends.",
         "defences": names,
         "rows": [{"attack": a, "cells": [cell(found.cell(a, d)) for d in names]} for a in found.attacks],
         "worst": [cell(found.worst(d)) for d in names],
@@ -300,6 +302,7 @@ def _admission(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
         "norm": "Norm of each update",
         "cosine": "Cosine of each update with the aggregate",
         "trust": "Trust in each client, 1 being the mean",
+        "contribution": "What each update was worth: drop of the server's loss",
     }
     for column, title in titles.items():
         if dots := run.dots[column]:

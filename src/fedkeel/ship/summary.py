@@ -16,6 +16,7 @@ POINTS = 300  # the most points of a curve
 DOTS = 240  # the most dots of one sort, on average
 CLIENTS = 25  # the most lines of a table of clients
 CELLS = 150  # the most cells of a picture along one side
+FIGURES = ("norm", "cosine", "trust", "contribution")  # of an update
 LINES = 40  # the most lines of the table of rounds
 
 # An update that never came to be judged is lost, not refused: nobody is accused.
@@ -104,7 +105,7 @@ class Run:
     verdicts: list[Row]  # per bin of rounds: round, honest_admitted, honest_refused, hostile_admitted, hostile_refused
     refusals: list[Row]  # stage, rule, updates, hostile, clients, reason
     accused: list[Row]  # the clients refused most
-    dots: dict[str, dict[str, list[tuple[int, float]]]]  # norm, cosine or trust -> sort of update -> (round, figure)
+    dots: dict[str, dict[str, list[tuple[int, float]]]]  # figure -> sort of update -> (round, figure)
     without_norm: int
     grid: Grid | None
     traffic: list[Row]
@@ -157,7 +158,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
             verdicts=_verdicts(ledger, first, step),
             refusals=_refusals(ledger),
             accused=_accused(ledger),
-            dots={column: _dots(ledger, counts, column) for column in ("norm", "cosine", "trust")},
+            dots={column: _dots(ledger, counts, column) for column in FIGURES},
             without_norm=ledger.query(_NO_NORM)[0]["n"],
             grid=_grid(ledger, first, last),
             traffic=ledger.query(
@@ -240,7 +241,7 @@ def _accused(ledger: Ledger) -> list[Row]:
         f"SELECT client, max(hostile) AS hostile, count(*) AS updates, total({_VERDICT} = 'refused') AS refused, "
         f"total({_VERDICT} = 'lost') AS lost, avg(weight) AS weight, "
         "avg(CASE WHEN norm < 1e300 THEN norm END) AS norm, avg(CASE WHEN variance < 1e300 THEN variance END) "
-        "AS variance, avg(cosine) AS cosine, avg(trust) AS trust "
+        "AS variance, avg(cosine) AS cosine, avg(trust) AS trust, total(contribution) AS contribution "
         "FROM updates GROUP BY client ORDER BY refused DESC, hostile DESC, weight DESC, client LIMIT ?",
         CLIENTS,
     )

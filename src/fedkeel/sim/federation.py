@@ -19,6 +19,7 @@ from fedkeel.round import device
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.wire import MAX_NAME
+from fedkeel.sim.composition import AUTO, choose
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
 from fedkeel.sim.pool import Pool, clients, keep_back, label_histogram
@@ -34,7 +35,7 @@ class Federation:
     """Everything a simulation needs but its state.
 
     `data` is what the clients train on (its labels already flipped where the attack is on data), `holdout` what each
-    keeps to test its own model.
+    keeps to test its own model. `chosen` says why, where the job left the choice of rules to `auto`.
     """
 
     job: Job
@@ -49,6 +50,7 @@ class Federation:
     work: LocalWork
     adversary: Adversary
     referee: ServerExamples | None
+    chosen: str | None
 
     @classmethod
     def of(cls, job: Job) -> Federation:
@@ -87,7 +89,11 @@ class Federation:
             offsets = torch.tensor([0, len(own)])
             referee = ServerExamples(module, layout, ClientData(own.x, own.y, offsets, own.prepare), work)
         plan.check_referee(referee is not None)
-        return cls(job, key, pool, data, holdout, split.names, module, layout, plan, work, adversary, referee)
+        chosen = None
+        if job.aggregate.reduce == AUTO:
+            section, chosen = choose(job, label_histogram(data, pool.classes) if pool.classes else None)
+            plan = build_plan(job.model_copy(update={"aggregate": section}))
+        return cls(job, key, pool, data, holdout, split.names, module, layout, plan, work, adversary, referee, chosen)
 
     def trainer(self, backend: str | None = None) -> Trainer:
         train = self.job.train
@@ -186,7 +192,9 @@ def _about(key: str) -> Iterator[None]:
 
 
 def build_plan(job: Job) -> Plan:
-    """The plan of a job, its rules built and checked against the cohort."""
+    """The plan of a job, its rules built and checked against the cohort; for `auto`, as of unknown data."""
+    if job.aggregate.reduce == AUTO:
+        job = job.model_copy(update={"aggregate": choose(job)[0]})
     return Plan(
         select=job.rule("select.rule", "selector"),
         schedule=job.rule("schedule.rule", "scheduler"),
@@ -200,6 +208,7 @@ def build_plan(job: Job) -> Plan:
         weighers=job.rules("aggregate.weigh", "weigher"),
         mixers=job.rules("aggregate.mix", "mixer"),
         zstd=job.client.zstd,
+        contribution=job.rule("record.contribution", "contribution") if job.record.contribution else None,
         quarantine=None if job.quarantine.limit is None else Quarantine(job.quarantine.limit, job.quarantine.decay),
     )
 

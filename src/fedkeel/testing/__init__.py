@@ -5,7 +5,16 @@ of a kind, or of the rules of a kind that claim a trait. `@law(kind)` and `@law(
 hold those of one kind each.
 """
 
-from fedkeel.testing import attacks, mixers, reducers, row_transforms, screens, server_optimisers, weighers
+from fedkeel.testing import (
+    attacks,
+    contributions,
+    mixers,
+    reducers,
+    row_transforms,
+    screens,
+    server_optimisers,
+    weighers,
+)
 from fedkeel.testing.harness import LAWS, Law, check, cohort, hold, law, laws, near, repeatable, rows, same, sample
 
 __all__ = [
@@ -14,6 +23,7 @@ __all__ = [
     "attacks",
     "check",
     "cohort",
+    "contributions",
     "hold",
     "law",
     "laws",
