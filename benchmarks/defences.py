@@ -46,12 +46,7 @@ def defences(f: int) -> dict[str, dict[str, object]]:
         "mixing + trimmed mean": {"mix": [f"nnm(f={f})"], "reduce": f"trimmed_mean(trim={f})"},
         "FLAME": {"screens": ["flame"], "mix": ["norm_cap()"]},
         "FLTrust (server's examples)": {"weigh": ["fltrust"], "mix": ["equal_norms"]},
-        OURS: {
-            "screens": ["norm_mad"],
-            "weigh": ["learned"],
-            "mix": ["norm_cap"],
-            "reduce": "weighted_trimmed_mean(share=0.1)",
-        },
+        OURS: {"screens": ["norm_mad"], "weigh": ["learned"], "reduce": "weighted_trimmed_mean(share=0.2)"},
     }
 
 

@@ -3,7 +3,8 @@
 
     python benchmarks/run.py [--peers .bench-venvs] [--only simulation reducers overhead] [--tables]
 
-`--tables` only writes the tables anew from benchmarks/results/*.json.
+`--tables` only writes the tables anew from benchmarks/results. The runs under attack take hours: they are made by
+benchmarks/defences.py, which goes on where it was stopped; here their table is written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import defence_tables
 import overhead
 import reducers
 import simulation
@@ -61,9 +63,15 @@ def write_tables() -> None:
     for name, make in tables.items():
         if name in results:
             text = replaced(text, name, make(results[name]))
-    page.write_text(text)
     readme = ROOT / "README.md"
-    readme.write_text(replaced(readme.read_text(), "benchmarks", short(results)))
+    front = replaced(readme.read_text(), "benchmarks", short(results))
+    defences = RESULTS / "defences.jsonl"  # by benchmarks/defences.py
+    if defences.exists():
+        runs = [json.loads(line) for line in defences.read_text().splitlines()]
+        text = replaced(text, "defences", defence_tables.page(runs))
+        front = replaced(front, "attacks", defence_tables.short(runs))
+    page.write_text(text)
+    readme.write_text(front)
 
 
 def replaced(text: str, name: str, table: str) -> str:

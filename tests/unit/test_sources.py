@@ -68,12 +68,16 @@ def test_idx_files_are_read_gzipped_or_not(folder: Path) -> None:
     ("name", "content", "sentence"),
     [
         ("train-images-idx3-ubyte.gz", b"\x1f\x8b\x08 not gzip", "train-images-idx3-ubyte.gz cannot be read"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(b"x" * 9000)[:-9], "cannot be read"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(b"x" * 9000, mtime=0)[:-9], "cannot be read"),
         ("train-labels-idx1-ubyte", b"", "is no whole IDX file of bytes in 1 dimensions"),
         ("train-labels-idx1-ubyte", b"\0\0\x08\x01\0\0\0\x06\0\0", "is no whole IDX file"),
         ("train-labels-idx1-ubyte", b"\0\0\x08\x01\xff\xff\xff\xff", r"is no whole IDX file.*\(4294967295,\)"),
         ("train-labels-idx1-ubyte", b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", "is no whole IDX file"),
-        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx_bytes(np.zeros(3))), "data test_x has 2 rows, test_y 3"),
+        (
+            "t10k-labels-idx1-ubyte.gz",
+            gzip.compress(idx_bytes(np.zeros(3)), mtime=0),
+            "data test_x has 2 rows, test_y 3",
+        ),
     ],
 )
 def test_a_broken_idx_file_is_refused_by_name(folder: Path, name: str, content: bytes, sentence: str) -> None:
