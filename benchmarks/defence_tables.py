@@ -25,7 +25,7 @@ def page(rows: list[Row]) -> str:
 def short(rows: list[Row]) -> str:
     """The README's table: each defence's clean run, its worst case, and the backdoor."""
     out = [
-        "| 10 of 50 clients hostile, Dirichlet(0.5) | no attack | worst of the untargeted attacks | backdoor believed |",
+        "| 10 of 50 clients hostile, Dirichlet(0.5) | no attack | worst untargeted attack | backdoor believed |",
         "|---|---:|---:|---:|",
     ]
     untargeted = attacks(rows, 10)

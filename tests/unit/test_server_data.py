@@ -22,7 +22,7 @@ SMALL = {
     "record": {"evaluate_every": 8},
     "server": {"examples": 100},
 }
-LEARNED = {"screens": ("norm_mad",), "weigh": ("learned",), "mix": ("norm_cap",), "reduce": "weighted_trimmed_mean"}
+LEARNED = {"screens": ("norm_mad",), "weigh": ("learned",), "reduce": "weighted_trimmed_mean"}
 
 
 def ended(tmp_path, name: str = "run", **changes) -> fedkeel.Run:
@@ -177,7 +177,7 @@ def test_what_can_not_be_is_said_before_anything_is_trained(tmp_path, changes, w
 
 def test_auto_chooses_by_what_is_known_and_says_why(tmp_path):
     with_data, why = choose(Job(**{**SMALL, "aggregate": "auto"}))
-    assert (with_data.weigh, with_data.reduce) == (("learned",), "weighted_trimmed_mean(share=0.1)")
+    assert (with_data.weigh, with_data.reduce) == (("learned",), "weighted_trimmed_mean(share=0.2)")
     assert why.startswith("3 of 15 updates a round may be hostile: the server's own 100 examples")
     job = Job(**{**SMALL, "server": {}, "aggregate": "auto"})
     skewed, alike = torch.diag(torch.full((10,), 50)), torch.full((15, 10), 20)

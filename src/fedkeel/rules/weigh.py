@@ -82,8 +82,8 @@ def learned(
     what the others make then weighs nothing; and `memory` of a client's weight comes from the rounds before. Projected
     gradient descent on the mean loss of theta + sum_i w_i U_i over {w >= 0, sum w = 1, w <= cap}, from the weights
     kept, in `steps` steps of at most 1 / n a row; the mean of the later half counts. Rows longer than the median are
-    judged as scaled down to it: put the screen norm_mad() before it. A step costs one gradient on the server's examples,
-    and two passes over the rows.
+    judged as scaled down to it: put the screen norm_mad() before it. A step costs one gradient on the server's
+    examples, and two passes over the rows.
     """
     n, referee = len(cohort), _referee(cohort)
     rows = _finite(cohort, "learned")

@@ -14,7 +14,7 @@ AUTO = "auto"
 LEAST_EXAMPLES = 100
 """Examples of its own from which on a server judges with them."""
 MOST_TRIMMED = 0.2
-"""Share of the weight that is trimmed at each end beside learned weights, at most: enough for marks that a fifth teach."""
+"""Share of the weight that is trimmed at each end beside learned weights, at most: enough against a fifth's mark."""
 ALIKE = 0.15
 """Mean total variation between a client's label shares and all clients', up to which their data counts as alike."""
 
