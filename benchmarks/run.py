@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import defence_tables
+import detection
 import overhead
 import reducers
 import simulation
@@ -25,7 +26,7 @@ import simulation
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-ALL = ("simulation", "reducers", "overhead")
+ALL = ("simulation", "reducers", "overhead", "detection")
 
 
 def main() -> None:
@@ -59,7 +60,8 @@ def write_tables() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     page = ROOT / "docs" / "benchmarks.md"
     text = page.read_text()
-    tables = {"simulation": simulation.table, "reducers": reducers.table, "overhead": overhead.table}
+    modules = {"simulation": simulation, "reducers": reducers, "overhead": overhead, "detection": detection}
+    tables = {name: module.table for name, module in modules.items()}
     for name, make in tables.items():
         if name in results:
             text = replaced(text, name, make(results[name]))
