@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -93,8 +94,18 @@ def job(cell: dict[str, object], **changes: object) -> fedkeel.Job:
     return fedkeel.Job(**{**values, **changes})
 
 
+_parent = 0
+
+
+def _begin(parent: int) -> None:
+    global _parent
+    _parent = parent
+
+
 def measure(cell: dict[str, object]) -> dict[str, object]:
     """One run's figures."""
+    if os.getppid() != _parent:
+        os._exit(1)  # the command was killed: its workers must not go on
     torch.set_num_threads(1)
     started = time.perf_counter()
     found = _baseline(cell) if cell["defence"] in BASELINES else _run(cell)

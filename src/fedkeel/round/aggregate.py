@@ -67,15 +67,16 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
         if given.shape != weights.shape or not bool((torch.isfinite(given) & (given >= 0)).all()):
             raise CohortError(f"weigher '{rule!r}' gave weights that are not {len(weights)} numbers of 0 or more")
         for row in torch.nonzero((given == 0) & (weights > 0)).flatten().tolist():
-            refused[rows[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0")
+            held = _trust(rule, memory, cohort.client[row])
+            why = "" if held is None else f": its client's trust is {held:.3f}, 1 is the mean"
+            refused[rows[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0{why}", held)
         weights = weights * given
     shares = weights / sum_of(weights)
     trust = {
-        row: float(memory[repr(rule)][client])
+        row: held
         for rule in plan.weighers
-        if "trust" in rule.definition.traits
         for row, client in zip(rows, cohort.client, strict=True)
-        if client in memory[repr(rule)]
+        if (held := _trust(rule, memory, client)) is not None
     }
     mixed, mixed_weights = cohort.U, weights
     for place, rule in enumerate(plan.mixers):
@@ -102,6 +103,12 @@ def sum_of(weights: Tensor) -> float:
     if not (math.isfinite(total) and total > 0):
         raise CohortError(f"the weights of {len(weights)} updates sum to {total:g}")
     return total
+
+
+def _trust(rule: Rule, memory: Mapping[str, Mapping[str, Tensor]], client: str) -> float | None:
+    """What the weigher keeps of the client, if that is its trust."""
+    held = memory[repr(rule)].get(client) if "trust" in rule.definition.traits else None
+    return None if held is None else float(held)
 
 
 def _contributions(
