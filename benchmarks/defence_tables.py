@@ -77,7 +77,8 @@ def ours(rows: list[Row]) -> str:
     for p, h in columns:
         found = [m for a in attacks(rows, h, p) if a != TARGETED and (m := mean(rows, p, h, a, OURS)) is not None]
         calm = mean(rows, p, 0, NONE, MEAN)
-        worst.append("-" if calm is None or not found else f"{100 * (min(found) - calm):+.1f}")
+        whole = len(found) == len([a for a in attacks(rows, 10) if a != TARGETED])
+        worst.append(f"{100 * (min(found) - calm):+.1f}" if whole and calm is not None else "-")
     out.append("| worst untargeted, against the clean plain mean | " + " | ".join(worst) + " |")
     success = [
         f"{percent(mean(rows, p, h, TARGETED, OURS, 'backdoor'))} / "
@@ -105,10 +106,12 @@ def detection(rows: list[Row]) -> str:
 def values(
     rows: list[Row], partition: str, hostile: int, attack: str, defence: str, column: str = "accuracy"
 ) -> list[float]:
-    """One figure a seed; a run that ended without a model counts as 0."""
+    """One figure a seed; the accuracy of a run that ended without a model counts as 0, and no other figure of it."""
     wanted = (partition, hostile, attack, defence)
     found = [r for r in rows if (r["partition"], r["hostile"], r["attack"], r["defence"]) == wanted]
-    return [float(r.get(column) or 0.0) for r in found]
+    if column == "accuracy":
+        return [float(r["accuracy"] or 0.0) for r in found]
+    return [float(r[column]) for r in found if r.get(column) is not None]
 
 
 def mean(

@@ -279,6 +279,7 @@ def limits() -> str:
         ("header", f"{wire.MAX_HEADER:,} bytes"),
         ("each text in the header", f"{wire.MAX_NAME} bytes of UTF-8, not empty"),
         ("`metrics`", f"{wire.MAX_METRICS} finite numbers"),
+        ("`labels`", f"{wire.MAX_LABELS:,} shares from 0 to 1"),
         ("each whole number", "0 to 2^63 - 1"),
         ("payload before zstd", "the codec's bound: for `float32` exactly 4 bytes a column"),
         ("payload on the wire", "that bound b, and what zstd may add: b + b/256 + 1024 bytes"),

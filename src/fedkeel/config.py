@@ -76,7 +76,7 @@ class Client(Section):
     zstd: Annotated[int, Field(ge=0, le=22)] = Field(0, description="compression level of the payload, 0 for none")
     labels: bool = Field(False, description="tell the server the shares of the classes, as the weigher trust uses them")
     label_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="scale of the Laplace noise on the counts behind those shares, drawn once for each client"
+        0.0, description="scale of the Laplace noise on the counts behind those shares, not drawn from the seed"
     )
 
 
@@ -112,7 +112,7 @@ class Server(Section):
 
     optimiser: str = Field("sgd", description="`fedkeel rules server_optimiser`")
     examples: Annotated[int, Field(ge=0)] = Field(
-        0, description="examples that the server holds itself, taken from the clients' evenly over the labels"
+        0, description="examples that the server holds itself, taken from the clients' in proportion to the labels"
     )
 
 
@@ -170,6 +170,10 @@ class Job(Section):
             )
         if self.attack.clients and self.attack.rule is None:
             raise InputError(f"attack.clients = {self.attack.clients}, but attack.rule is missing: name an attack")
+        if self.aggregate.hostile is not None and self.aggregate.reduce != "auto":
+            raise InputError(
+                f"aggregate.hostile = {self.aggregate.hostile} is for aggregate.reduce = 'auto' alone: leave out one"
+            )
         if (self.select.cohort or 1) > self.data.clients:
             raise InputError(
                 f"select.cohort = {self.select.cohort} is more than data.clients = {self.data.clients}: lower it"
@@ -183,7 +187,7 @@ class Job(Section):
     @property
     def attacks(self) -> tuple[Rule, ...]:
         """The built attacks that `attack.rule` names, in order; none where nobody is hostile."""
-        texts = [] if self.attack.rule is None else split_list(self.attack.rule, "+")
+        texts = [] if self.attack.rule is None else split_list(self.attack.rule, "+", empty=True)
         return tuple(self._parsed("attack.rule", "attack", text) for text in texts)
 
     def rule(self, key: str, kind: str) -> Rule:
@@ -258,8 +262,11 @@ def field_type(key: str) -> Any:
     return annotation
 
 
-def split_list(text: str, separator: str = ",") -> list[str]:
-    """Split at commas, or another separator, outside brackets and quotes: `mean,trimmed_mean(trim=2)`."""
+def split_list(text: str, separator: str = ",", *, empty: bool = False) -> list[str]:
+    """Split at commas, or another separator, outside brackets and quotes: `mean,trimmed_mean(trim=2)`.
+
+    Parts that are empty are left out, or kept where something is missing then.
+    """
     parts, depth, quote, start = [], 0, "", 0
     for i, char in enumerate(text):
         if quote:
@@ -274,7 +281,7 @@ def split_list(text: str, separator: str = ",") -> list[str]:
             parts.append(text[start:i])
             start = i + 1
     parts.append(text[start:])
-    return [p.strip() for p in parts if p.strip()]
+    return [p.strip() for p in parts if p.strip() or empty]
 
 
 def _assign(values: dict[str, Any], key: str, text: str) -> None:

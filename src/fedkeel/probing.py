@@ -140,7 +140,7 @@ def probe(
     for attack in attacks:
         _ = base.with_settings([f"attack.rule={attack}", f"attack.clients={hostile}"]).attacks
     bare = ["aggregate.screens=", "aggregate.weigh=examples", "aggregate.mix=", "aggregate.reduce=mean"]
-    f = hostile_in_cohort(hostile, job.data.clients, base.cohort)
+    f = hostile_in_cohort(hostile, job.data.clients, base.cohort, base.rounds)
     jobs: dict[str, Job] = {}
     left_out: dict[str, str] = {}
     for name, settings in {OWN: None, **defences(f, hostile)}.items():

@@ -15,7 +15,12 @@ from fedkeel.core import registry
 from fedkeel.core.errors import CohortError
 from fedkeel.core.registry import Definition, Rule, definition, names
 
-ENROLLED = [(kind, name) for kind in testing.LAWS for name in names(kind)]
+ENROLLED = [
+    (kind, name)
+    for kind in testing.LAWS
+    for name in names(kind)
+    if definition(kind, name).function.__module__.startswith("fedkeel.")  # other tests register rules that break laws
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), ENROLLED)

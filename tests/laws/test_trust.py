@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkeel import build
 from fedkeel.core.errors import CohortError, InputError
+from fedkeel.core.keys import Key
 from fedkeel.core.types import Cohort, Judged, ServerState
 from fedkeel.kernels import sketch
 from fedkeel.testing import cohort, rows
@@ -99,20 +100,33 @@ def test_trust_is_gain_times_similarity_over_divergence_by_softmax() -> None:
     given = _with_labels(cohort(U), labels)
     assert given.referee is not None
     good = given.referee.judge(U).accuracy.numpy()
-    gain = (good - good.min()) / (good.max() - good.min())
+    deviation = 1.4826 * np.median(abs(good - np.median(good)))
+    low = max(good.min(), np.median(good) - 4 * deviation)
+    gain = (good - low).clip(min=0) / (good.max() - low)
     median = np.median(U.double().numpy(), axis=0)
     cosine = (U.double().numpy() @ median) / np.linalg.norm(U.double().numpy(), axis=1) / np.linalg.norm(median)
     p = np.array(labels)
-    divergence = (p * np.log(p / p.mean(0))).sum(1).clip(min=0.1)
+    divergence = (p * np.log(p / p.mean(0))).sum(1).clip(min=0.01)
     score = gain * cosine.clip(min=0) / divergence
     weights = np.exp(score / score.max() / 0.2)
     wanted = 0.25 * 1 + 0.75 * 6 * weights / weights.sum()
-    assert asked(build("weigher", "trust", memory=0.25), given).tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert asked(build("weigher", "trust", memory=0.25, floor=0.01), given).tolist() == pytest.approx(
+        wanted.tolist(), rel=1e-4
+    )
 
 
 def test_trust_is_shared_out_over_the_cohort_not_client_by_client() -> None:
     w = asked(build("weigher", "trust", memory=0.0), cohort(helpful(7)))
     assert float(w.sum()) == pytest.approx(7)
+
+
+def test_a_claim_never_raises_trust() -> None:
+    """At the default floor: who claims the cohort's very mean, or more classes than there are, gains nothing by it."""
+    U = helpful(8)
+    silent = asked(build("weigher", "trust", memory=0.0), _with_labels(cohort(U), [()] * 8))
+    for claim in ((0.5, 0.5), (1.0,), (0.2, 0.3, 0.5)):
+        told = asked(build("weigher", "trust", memory=0.0), _with_labels(cohort(U), [claim, *[(0.3, 0.7)] * 7]))
+        assert float(told[0]) <= float(silent[0]) * (1 + 1e-9)
 
 
 def test_claims_that_are_no_shares_of_the_same_classes_count_as_none() -> None:
@@ -149,6 +163,29 @@ def test_foolsgold_is_its_authors_algorithm() -> None:
         assert w.tolist() == pytest.approx(_foolsgold(total).tolist(), abs=1e-6)
         U = U + 0.2 * torch.randn(9, 40, generator=generator)
     assert float(w[5:8].max()) < 0.2 < float(w[:5].min())
+
+
+def test_foolsgold_spares_rows_that_are_opposed_and_ignores_rows_of_zero() -> None:
+    U = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.9]])
+    assert asked(build("weigher", "foolsgold"), cohort(U)).tolist() == [1.0, 1.0, 1.0]
+    U = torch.cat([rows(6, 50), torch.zeros(1, 50)])
+    assert float(asked(build("weigher", "foolsgold"), cohort(U))[6]) == 0
+
+
+def test_equal_norms_survive_a_row_that_is_all_but_zero() -> None:
+    U = rows(6, 40)
+    U[2] = 0
+    U[2, 5] = 1e-43
+    V, _ = build("mixer", "equal_norms")(U, torch.ones(6, dtype=torch.float64), Key.root(0))
+    assert bool(torch.isfinite(V).all())
+    assert float(V[2].norm()) == 0
+    assert torch.allclose(V[[0, 1, 3, 4, 5]].norm(dim=1), V[0].norm().expand(5))
+
+
+def test_exact_copies_are_seen_however_unequal_the_others_are() -> None:
+    U = rows(20, 300) * torch.logspace(-0.5, 0.5, 20)[:, None]
+    U[[3, 8, 11]] = U[15].clone()
+    assert set(asked(build("screen", "near_duplicates"), cohort(U))) == {8, 11, 15}
 
 
 def test_copies_count_once() -> None:
@@ -197,12 +234,15 @@ def test_a_client_that_turns_is_seen_by_its_past() -> None:
 
 def test_sketches_keep_cosines() -> None:
     U = rows(12, 100_000)
-    short = sketch.sketch(U)
+    kept = sketch.keyed({}, 5)
+    short = sketch.sketch(U, kept)
     assert short.shape == (12, sketch.WIDTH)
+    assert not torch.equal(short, sketch.sketch(U, sketch.keyed({}, 6)))
+    assert torch.equal(short, sketch.sketch(U, sketch.keyed(kept, 6)))  # the first key is kept
     exact, found = (torch.corrcoef(V.double()) for V in (U, short))
     assert float((exact - found).abs().max()) < 6 / sketch.WIDTH**0.5
     few = rows(5, 700)
-    assert torch.allclose(sketch.sketch(few) @ sketch.sketch(few).T, few.double() @ few.double().T)
+    assert torch.allclose(sketch.sketch(few, kept) @ sketch.sketch(few, kept).T, few.double() @ few.double().T)
 
 
 def _exact_shapley(U: Tensor) -> list[float]:

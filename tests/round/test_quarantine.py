@@ -26,7 +26,7 @@ def refused_every(gap: int, rule: Quarantine, rounds: int = 200) -> bool:
     book = Book(rule, {})
     shut = False
     for number in range(1, rounds + 1):
-        book.close(number, rows("a") if number % gap == 0 else [])
+        book.close(number, rows("a") if number % gap == 0 else [], set(CLIENTS))
         shut = shut or bool(book.shut_out(CLIENTS, 1))
     return shut
 
@@ -44,26 +44,48 @@ def test_it_ends_below_half_of_the_limit() -> None:
     book = Book(Quarantine(2.0, 0.8), {})
     stays = []
     for number in range(1, 12):
-        book.close(number, rows("a") if number <= 3 else [])
+        book.close(number, rows("a") if number <= 3 else [], set(CLIENTS))
         stays.append("a" in book.shut_out(CLIENTS, 1))
     # 1, 1.8, 2.44, 1.95, 1.56, 1.25, 0.9995
     assert stays == [False, False, True, True, True, True, False, False, False, False, False]
 
 
 @pytest.mark.parametrize(
-    ("stage", "rule"), [("late", "deadline"), ("transport", "failure"), ("train", "failure"), ("check", "duplicate")]
+    ("stage", "rule"),
+    [
+        *(("late", "deadline"), ("transport", "failure"), ("train", "failure"), ("check", "duplicate")),
+        ("screen", "near_duplicates"),
+    ],
 )
 def test_a_bad_network_is_no_offence(stage: str, rule: str) -> None:
     book = Book(Quarantine(1.0, 0.5), {})
     for number in range(1, 9):
-        book.close(number, rows("a", stage=stage, rule=rule))
+        book.close(number, rows("a", stage=stage, rule=rule), set(CLIENTS))
+    assert book.to_json() == {}
+
+
+def test_a_record_shrinks_only_while_its_client_has_work() -> None:
+    """Of a sampled federation: refused whenever it is asked, one round in ten."""
+    book = Book(Quarantine(3.0, 0.9), {})
+    for number in range(1, 61):
+        asked = number % 10 == 0
+        book.close(number, rows("a") if asked else [], {"a"} if asked else {"b"})
+        if book.shut_out(CLIENTS, 1):
+            break
+    assert number == 40  # 1, 1.9, 2.71, 3.44: as in four rounds running
+
+
+def test_who_was_not_asked_leaves_no_record() -> None:
+    book = Book(Quarantine(1.0, 0.99), {})
+    for number in range(1, 50):
+        book.close(number, rows(*(f"stranger-{number}-{i}" for i in range(20)), stage="decode"), set(CLIENTS))
     assert book.to_json() == {}
 
 
 def test_half_of_the_clients_always_stay_the_least_refused_ones() -> None:
     book = Book(Quarantine(1.0, 0.9), {})
-    book.close(1, rows("b"))
-    book.close(2, rows(*CLIENTS))
+    book.close(1, rows("b"), set(CLIENTS))
+    book.close(2, rows(*CLIENTS), set(CLIENTS))
     assert set(book.shut_out(CLIENTS, 1)) <= {"b", "a", "c", "d", "e"}
     assert "b" in book.shut_out(CLIENTS, 1)
     assert len(book.shut_out(CLIENTS, 1)) == 2
@@ -74,11 +96,11 @@ def test_half_of_the_clients_always_stay_the_least_refused_ones() -> None:
 def test_records_survive_as_json() -> None:
     book = Book(Quarantine(2.0, 0.9), {})
     for number in range(1, 5):
-        book.close(number, rows("a", *(["b"] if number % 2 else [])))
+        book.close(number, rows("a", *(["b"] if number % 2 else [])), set(CLIENTS))
     again = Book(Quarantine(2.0, 0.9), json.loads(json.dumps(book.to_json())))
     for number in range(5, 12):
-        book.close(number, [])
-        again.close(number, [])
+        book.close(number, [], set(CLIENTS))
+        again.close(number, [], set(CLIENTS))
         assert again.to_json() == book.to_json()
         assert again.shut_out(CLIENTS, 1) == book.shut_out(CLIENTS, 1)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.stats import hypergeom
 
 import fedkeel
 from fedkeel import Job, build
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
+from fedkeel.core.types import ClientMemory
 from fedkeel.sim.composition import choose, heterogeneity, hostile_in_cohort
 from fedkeel.sim.federation import Federation
 from fedkeel.sim.pool import keep_back
@@ -127,6 +129,19 @@ def test_what_an_adaptive_attacker_is_told_is_what_the_server_then_does(tmp_path
     assert torch.allclose(moved, SEEN[0] + SEEN[1], atol=1e-7)
 
 
+@fedkeel.rule("contribution", traits=("server_data",))
+def broken(cohort, w, state):
+    """Raises (tests)."""
+    raise ValueError("oops")
+
+
+def test_a_contribution_that_fails_costs_its_figures_and_nothing_else(tmp_path, caplog):
+    run = ended(tmp_path, rounds=2, record={"contribution": "broken"})
+    plain = ended(tmp_path, "plain", rounds=2)
+    assert torch.equal(run.state.theta, plain.state.theta)
+    assert "contribution 'broken' failed in round 1: oops" in caplog.text
+
+
 def test_what_clients_were_worth_is_recorded_and_finds_the_free_riders(tmp_path):
     run = ended(
         tmp_path,
@@ -146,15 +161,29 @@ def test_what_clients_were_worth_is_recorded_and_finds_the_free_riders(tmp_path)
 
 def test_clients_tell_their_label_shares_only_if_the_job_says_so(tmp_path):
     job = Job(**{**SMALL, "client": {"labels": True}})
-    exact, noisy = (
-        Federation.of(j).label_shares() for j in (job, Job(**{**SMALL, "client": {"labels": True, "label_noise": 5.0}}))
-    )
-    assert Federation.of(Job(**SMALL)).label_shares() == {}
+    memory, noise = ClientMemory(), {**SMALL, "client": {"labels": True, "label_noise": 5.0}}
+    exact, noisy = Federation.of(job).label_shares(ClientMemory()), Federation.of(Job(**noise)).label_shares(memory)
+    assert Federation.of(Job(**SMALL)).label_shares(ClientMemory()) == {}
+    assert noisy == Federation.of(Job(**noise)).label_shares(memory)  # drawn once, and remembered
+    assert noisy != Federation.of(Job(**noise)).label_shares(ClientMemory())  # and not from the seed
     assert len(exact) == 15
     assert all(sum(shares) == pytest.approx(1) and len(shares) == 10 for shares in (*exact.values(), *noisy.values()))
     assert exact != noisy
     trusting = ended(tmp_path, client={"labels": True}, aggregate={"weigh": ("trust",)})
     assert accuracy(trusting) > 0.3
+
+
+@fedkeel.rule("source")
+def lines(key: Key) -> fedkeel.Pool:
+    """A regression (tests)."""
+    x = torch.randn(90, 3, generator=key.torch())
+    return fedkeel.Pool.from_arrays(x, x.sum(1))
+
+
+@fedkeel.rule("model")
+def line(inputs: tuple[int, ...], classes: int) -> torch.nn.Module:
+    """A straight line (tests)."""
+    return torch.nn.Linear(inputs[0], 1)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +196,27 @@ def test_clients_tell_their_label_shares_only_if_the_job_says_so(tmp_path):
         ({"aggregate": {"reduce": "auto", "mix": ("nnm(f=1)",)}}, "'auto' chooses aggregate.mix itself"),
         ({"aggregate": {"reduce": "auto", "hostile": 8}}, "no rule withstands half or more"),
         ({"attack": {"rule": "backdoor + nope", "clients": 1}}, "attack.rule: attack 'nope' is unknown"),
+        ({"attack": {"rule": "sign_flip +", "clients": 1}}, "attack.rule: attack '' cannot be read"),
+        ({"aggregate": {"hostile": 3}}, "is for aggregate.reduce = 'auto' alone"),
+        ({"aggregate": {"reduce": "auto", "hostile": 99}}, "more than data.clients = 15"),
+        (
+            {
+                "server": {},
+                "model": {"build": "mlp", "private": ("head.*",)},
+                "data": {"holdout": 0.2},
+                "attack": {"rule": "backdoor", "clients": 1},
+            },
+            "measured on the common model",
+        ),
+        (
+            {
+                "data": {"source": "lines", "clients": 3},
+                "model": {"build": "line", "loss": "mse"},
+                "server": {},
+                "attack": {"rule": "backdoor", "clients": 1},
+            },
+            "needs one class label per example",
+        ),
     ],
 )
 def test_what_can_not_be_is_said_before_anything_is_trained(tmp_path, changes, words):
@@ -182,6 +232,8 @@ def test_auto_chooses_by_what_is_known_and_says_why(tmp_path):
     job = Job(**{**SMALL, "server": {}, "aggregate": "auto"})
     skewed, alike = torch.diag(torch.full((10,), 50)), torch.full((15, 10), 20)
     assert (heterogeneity(skewed), heterogeneity(alike)) == (pytest.approx(0.9), 0.0)
+    unknown, why = choose(job)
+    assert unknown.mix == ("nnm(f=3)",)
     mixed, why = choose(job, skewed)
     assert (mixed.mix, mixed.reduce) == (("nnm(f=3)",), "trimmed_mean(trim=3)")
     assert "label shares are 90% apart" in why
@@ -200,10 +252,11 @@ def test_auto_chooses_by_what_is_known_and_says_why(tmp_path):
     assert "chosen by <code>auto</code>" in run.report().read_text()
 
 
-def test_a_sampled_cohort_allows_for_one_more_than_is_expected():
-    assert hostile_in_cohort(20, 100, 100) == 20
-    assert hostile_in_cohort(20, 100, 10) == 3
-    assert hostile_in_cohort(1, 100, 10) == 1
+def test_a_sampled_cohort_allows_for_what_comes_in_all_rounds_but_for_a_thousandth():
+    assert hostile_in_cohort(20, 100, 100, 30) == 20
+    assert hostile_in_cohort(1, 100, 10, 30) == 1
+    f = hostile_in_cohort(10, 100, 20, 30)
+    assert 30 * hypergeom.sf(f, 100, 10, 20) <= 1e-3 < 30 * hypergeom.sf(f - 1, 100, 10, 20)
 
 
 def test_marks_lie_in_the_last_corner_or_the_last_features():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,17 @@ from fedkeel.kernels import distance
 from fedkeel.round.plan import Plan
 
 
+class Used(NamedTuple):
+    """The rows that were left after screening, their weights, and which rows of the whole cohort they were."""
+
+    cohort: Cohort
+    weights: Tensor
+    rows: list[int]
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the arithmetic gave: the direction (P,), its norm; by row of the cohort shares of weight, cosines, trust,
-    contributions.
+    """What the arithmetic gave: the direction (P,), its norm; by row of the cohort shares of weight, cosines, trust.
 
     `kept` is what stateful rules keep from now on.
     """
@@ -29,8 +37,8 @@ class Outcome:
     weights: Mapping[int, float] = field(default_factory=dict)
     cosines: Mapping[int, float] = field(default_factory=dict)
     trust: Mapping[int, float] = field(default_factory=dict)
-    contributions: Mapping[int, float] = field(default_factory=dict)
     kept: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    used: Used | None = None
 
 
 def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int, Refusal]) -> Outcome:
@@ -92,8 +100,8 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
         dict(zip(rows, shares.tolist(), strict=True)),
         dict(zip(rows, cosines, strict=True)),
         trust,
-        _contributions(plan, cohort, weights, state, rows),
         memory,
+        Used(cohort, weights, rows),
     )
 
 
@@ -109,15 +117,6 @@ def _trust(rule: Rule, memory: Mapping[str, Mapping[str, Tensor]], client: str) 
     """What the weigher keeps of the client, if that is its trust."""
     held = memory[repr(rule)].get(client) if "trust" in rule.definition.traits else None
     return None if held is None else float(held)
-
-
-def _contributions(
-    plan: Plan, cohort: Cohort, weights: Tensor, state: ServerState, rows: list[int]
-) -> dict[int, float]:
-    if plan.contribution is None:
-        return {}
-    values = plan.contribution(cohort, weights, state).tolist()
-    return {row: value for row, value in zip(rows, values, strict=True) if math.isfinite(value)}
 
 
 def _compacted(cohort: Cohort, rows: list[int]) -> Cohort:

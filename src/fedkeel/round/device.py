@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -13,16 +14,22 @@ from fedkeel.core.types import Claims, ClientMemory, Codec
 from fedkeel.round import wire
 from fedkeel.round.plan import Plan
 
+_draw = random.SystemRandom()
 
-def label_shares(counts: Tensor, noise: float, key: Key) -> tuple[float, ...]:
+
+def label_shares(client: str, counts: Tensor, noise: float, memory: ClientMemory) -> tuple[float, ...]:
     """The shares of the classes among a client's examples, of its counts (C,), for its claims.
 
-    `noise` is the scale of the Laplace noise on each count. Give a client the same key every time: fresh noise would
-    be averaged away. What noise makes negative is 0; no examples, or more classes than an envelope holds, tell nothing.
+    `noise` is the scale of the Laplace noise on each count: from the operating system's generator, never the run's
+    seed, and drawn once, as fresh noise would be averaged away; the client remembers it. What noise makes negative is
+    0; no examples, or more classes than an envelope holds, tell nothing.
     """
     told = counts.to(torch.float64)
     if noise:
-        told = told + torch.from_numpy(key.numpy().laplace(0.0, noise, len(counts)))
+        if "label_noise" not in memory.of(client):
+            drawn = [noise * _draw.expovariate(1.0) * _draw.choice((-1, 1)) for _ in range(len(counts))]
+            memory.keep(client, {"label_noise": torch.tensor(drawn, dtype=torch.float64)})
+        told = told + memory.of(client)["label_noise"]
     told = told.clamp(min=0)
     if not 0 < len(counts) <= wire.MAX_LABELS or not float(told.sum()) > 0:
         return ()

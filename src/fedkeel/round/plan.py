@@ -17,7 +17,8 @@ STREAM_ABOVE = 256 * 2**20
 class Plan:
     """select, [device: transforms, codec, zstd], checks, screens, weighers, mixers, reducer, optimiser.
 
-    `cohort` clients are selected a round. The constructor refuses combinations that can never close a round.
+    `cohort` clients are selected a round. Clients that tell their label shares tell those of `label_classes` classes;
+    0: what they tell is ignored. The constructor refuses combinations that can never close a round.
     """
 
     select: Rule
@@ -35,6 +36,7 @@ class Plan:
     max_staleness: int = 0
     quarantine: Quarantine | None = None
     contribution: Rule | None = None
+    label_classes: int = 0
 
     def __post_init__(self) -> None:
         if self.cohort < 1:

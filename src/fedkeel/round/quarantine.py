@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from fedkeel.core.types import ClientRow, Refusal
 
 OFFENCES = ("decode", "check", "screen")
-_BLAMELESS = ("task", "duplicate", "identity", "flood")  # what a network, or somebody else in its name, may cause
+_BLAMELESS = (
+    "task",
+    "duplicate",
+    "identity",
+    "flood",
+    "near_duplicates",
+)  # what a network, or somebody else, may cause
 _FORGOTTEN = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """A refused update (decode, check, screen; one a round) adds 1 to its client's record; records shrink by `decay` a
-    round.
+    """A refused update (decode, check, screen; one a round) adds 1 to its client's record; records shrink by `decay` in
+    every round in which the client had work, or was shut out.
 
-    A record of `limit` shuts its client out until it has shrunk below half of that. So a client that is refused in
-    more than limit (1 - decay) of its rounds is shut out in the end, and one refused less often never is.
+    A record of `limit` shuts its client out until it has shrunk below half of that. A client that is refused in more
+    than limit (1 - decay) of its rounds is shut out in the end; one that is refused now and then is not, unless its
+    refusals come in a row.
     """
 
     limit: float
@@ -62,15 +69,19 @@ class Book:
         reason = f"in quarantine since round {entry.since}: its record is {entry.record:.2f}, out below {below:g}"
         return Refusal("quarantine", "quarantine", reason, entry.record)
 
-    def close(self, round: int, rows: Iterable[ClientRow]) -> None:
-        """A round ends: records shrink, offences are added, and clients are shut out or let in."""
+    def close(self, round: int, rows: Iterable[ClientRow], asked: Set[str]) -> None:
+        """A round ends in which `asked` had work: records shrink, offences are added, clients are shut out or let in.
+
+        What comes from anybody else, under whatever name, leaves no record.
+        """
         if self._rule is None:
             return
-        offenders = {row.client for row in rows if row.refusal is not None and _offends(row.refusal)}
+        offenders = {r.client for r in rows if r.client in asked and r.refusal is not None and _offends(r.refusal)}
         entries: dict[str, Entry] = {}
         for client in sorted(self._entries.keys() | offenders):
             old = self._entries.get(client, Entry(0.0))
-            record = old.record * self._rule.decay + (client in offenders)
+            counted = client in asked or old.since is not None
+            record = old.record * (self._rule.decay if counted else 1.0) + (client in offenders)
             since = old.since if old.since is not None else round if record >= self._rule.limit else None
             if since is not None and record < self._rule.limit / 2:
                 since = None

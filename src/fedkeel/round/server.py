@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
 
+_log = logging.getLogger("fedkeel")
 MESSAGES_KEPT = 8
 """Refused messages of one client that a round keeps in words; of more only the number is kept."""
 
@@ -67,6 +69,7 @@ class Server:
         self._last_payload: dict[str, str] = dict(state.trust.get("last_payload", {}))
         self._book = Book(plan.quarantine, state.trust.get("offences", {}))
         self._left_out: dict[str, Refusal] = {}
+        self._asked: set[str] = set()
 
     def snapshot(self) -> ServerState:
         """The state to checkpoint. Work that is outstanding is not in it: a resumed round gives it out again."""
@@ -85,6 +88,7 @@ class Server:
         task = self.state.next_task
         self.state = self.state.replace(next_task=task + 1)
         self._outstanding[client] = task
+        self._asked.add(client)
         self._versions[client] = self.state.version
         return task
 
@@ -206,11 +210,13 @@ class Server:
         """
         self._admitted.sort(key=lambda a: a.task)
         refused: dict[int, Refusal] = {}
-        outcome = Outcome()
+        outcome, worth = Outcome(), {}
         if skip is None:
             try:
                 outcome = self._reduce(refused)
+                before = self.state
                 self._step(outcome)
+                worth = self._contributions(outcome, before)
             except CohortError as error:
                 skip = str(error)
             except Exception as error:  # a user's rule, perhaps provoked by a row: the round is lost, not the run
@@ -219,11 +225,11 @@ class Server:
             self.state.round + 1,
             self.state.version,
             now,
-            self._rows(outcome, refused, skip),
+            self._rows(outcome, refused, worth, skip),
             skip,
             0.0 if skip else outcome.norm,
         )
-        self._book.close(report.round, report.clients)
+        self._book.close(report.round, report.clients, self._asked)
         self._next_buffer()
         return report
 
@@ -239,10 +245,8 @@ class Server:
                 admitted.append(_Admitted(claim.task, update, self.state.version - claim.base_version))
                 rows.append(row)
         try:
-            if not rows:
-                raise CohortError("no update was admitted")
             return aggregate(self.plan, self._cohort(torch.stack(rows), admitted), self.state, {}).direction
-        except CohortError:
+        except Exception:  # whatever costs the round at the close: no row at all, too few, a rule that raises
             return torch.zeros_like(self.state.theta)
 
     def _reduce(self, refused: dict[int, Refusal]) -> Outcome:
@@ -269,7 +273,7 @@ class Server:
             self.layout.params,
             self._layers,
             tuple(c.metrics for c in claims),
-            tuple(c.labels for c in claims),
+            tuple(c.labels if len(c.labels) == self.plan.label_classes else () for c in claims),
             self._key.fold("cohort", self.state.round),
             self._referee,
         )
@@ -284,7 +288,21 @@ class Server:
             raise CohortError("the aggregate is not finite")
         self.state = state.replace(theta=theta, opt=opt, kept=outcome.kept, version=state.version + 1)
 
-    def _rows(self, outcome: Outcome, refused: Mapping[int, Refusal], skip: str | None) -> tuple[ClientRow, ...]:
+    def _contributions(self, outcome: Outcome, before: ServerState) -> dict[int, float]:
+        """What each row was worth, where the plan asks for it; a rule that fails costs its figures alone."""
+        rule, used = self.plan.contribution, outcome.used
+        if rule is None or used is None:
+            return {}
+        try:
+            values = rule(used.cohort, used.weights, before).tolist()
+            return {row: v for row, v in zip(used.rows, values, strict=True) if math.isfinite(v)}
+        except Exception as error:
+            _log.warning("contribution '%r' failed in round %d: %s", rule, before.round + 1, error)
+            return {}
+
+    def _rows(
+        self, outcome: Outcome, refused: Mapping[int, Refusal], worth: Mapping[int, float], skip: str | None
+    ) -> tuple[ClientRow, ...]:
         rows = []
         for i, admitted in enumerate(self._admitted):
             row = _described(admitted.update)
@@ -296,7 +314,7 @@ class Server:
                     weight=weight,
                     cosine=None if skip else outcome.cosines.get(i),
                     trust=None if skip else outcome.trust.get(i),
-                    contribution=None if skip else outcome.contributions.get(i),
+                    contribution=None if skip else worth.get(i),
                     staleness=admitted.staleness,
                 )
             )
@@ -315,6 +333,7 @@ class Server:
         self._admitted.clear()
         self._refused.clear()
         self._left_out = {}
+        self._asked = set(self._outstanding)
         self._messages.clear()
         self._answered.clear()
         self._store.clear(self.state.next_task)

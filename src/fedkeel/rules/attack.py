@@ -299,8 +299,8 @@ def backdoor(
 
     Gu et al. 2017 (BadNets), as Bagdasaryan et al. 2020 bring it into a federation. The mark lies one pixel from the
     last corner of the last two dimensions, or in the last `size` features of a flat input; it has the largest value
-    among the client's inputs. Success is the share of marked test examples of other classes that are taken for
-    `target`; a target that is no class means the last one.
+    among the inputs it is put into (the client's, or the test set's). Success is the share of marked test examples of
+    other classes that are taken for `target`; a target that is no class means the last one.
     """
     chosen = torch.randperm(len(y), generator=key.fold("backdoor").torch())[: math.ceil(share * len(y))]
     x, y = x.clone(), y.clone()

@@ -19,6 +19,7 @@ from fedkeel.core.keys import Key
 from fedkeel.core.registry import rule
 from fedkeel.kernels import combine, distance, neighbours
 
+_FAINT = 1e-6
 Hostile = Annotated[int, Field(ge=0)]
 
 
@@ -80,14 +81,17 @@ def norm_cap(
 def equal_norms(U: Tensor, w: Tensor, key: Key) -> tuple[Tensor, Tensor]:
     """Scale every row, up or down, to the median norm of the rows: none counts for more by its length.
 
-    As FLTrust does with the norm of the server's own update (Cao et al. 2021, equation 3). Rows of zero stay zero.
-    Holds a second matrix (n, P).
+    As FLTrust does with the norm of the server's own update (Cao et al. 2021, equation 3). Rows of zero stay zero, and
+    so do those a millionth as long as the median or less: what is left of them is rounding. Holds a second matrix
+    (n, P).
     """
     rows = _used(w, 1, "equal_norms")
     lengths = _lengths(U, rows)
     limit, V = float(lengths.median()), U.clone()
     for row, length in zip(rows, lengths.tolist(), strict=True):
-        if length > 0:
+        if length <= _FAINT * limit:
+            V[row] = 0
+        else:
             V[row] *= limit / length if math.isfinite(length) else math.nan
     return V, w
 

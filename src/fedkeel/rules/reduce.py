@@ -51,11 +51,11 @@ def trimmed_mean(U: Tensor, w: Tensor, *, trim: Annotated[int, Field(ge=0)]) -> 
 
 
 @rule("reducer", traits=("coordinatewise", "robust", "weighted"))
-def weighted_trimmed_mean(U: Tensor, w: Tensor, *, share: Annotated[float, Field(ge=0, lt=0.5)] = 0.2) -> Tensor:
-    """Weighted mean of each column without the `share` of the weight at either end; near 0.5 the weighted median.
+def weighted_trimmed_mean(U: Tensor, w: Tensor, *, share: Annotated[float, Field(ge=0, le=0.49)] = 0.2) -> Tensor:
+    """Weighted mean of each column without the `share` of the weight at either end; near 0.5 about the weighted median.
 
     Yin et al. 2018, definition 2, by weight instead of by count: what hostile rows weigh together must stay below
-    `share` of all.
+    `share` of all. Less than a millionth of the weight is rounding, and does not count.
     """
     rows = _used(U, w, 1, "weighted_trimmed_mean")
     return order.weighted_trimmed_mean(U, _shares(w)[rows].tolist(), share, rows)

@@ -148,9 +148,10 @@ def near_duplicates(
 ) -> Found:
     """All but one of the rows that are copies of one another: nearer than `ratio` times what is usual in the cohort.
 
-    What is usual is the median distance of a row to its nearest other, and a copy must also be `limit` median absolute
-    deviations nearer (sybils send like rows: Fung et al. 2020). Of copies the client whose id sorts first stays, so
-    they count once. Where half of the rows or more are copies nothing is usual, and nobody is refused.
+    What is usual is the median distance of a row to its nearest other; a copy must also be `limit` median absolute
+    deviations nearer, or nearer than a tenth of `ratio` (sybils send like rows: Fung et al. 2020). Of copies the client
+    whose id sorts first stays, so they count once; as nobody can tell whose the original is, a quarantine does not
+    count these refusals. Where half of the rows or more are copies nothing is usual, and nobody is refused.
     """
     found = _not_finite(cohort)
     kept = [i for i in range(len(cohort)) if i not in found]
@@ -160,7 +161,7 @@ def near_duplicates(
     nearest = D.min(1).values
     usual = float(nearest.quantile(0.5))
     spread = _NORMAL * float((nearest - usual).abs().quantile(0.5))
-    near = (ratio * usual > D) & (usual - limit * spread > D)
+    near = (ratio * usual > D) & ((usual - limit * spread > D) | (0.1 * ratio * usual > D))
     for k in sorted(range(len(kept)), key=lambda k: cohort.client[kept[k]], reverse=True):
         twins = [j for j in torch.nonzero(near[k]).flatten().tolist() if kept[j] not in found]
         if twins:
@@ -242,7 +243,8 @@ def forecast(
     """
     found = _not_finite(cohort)
     rows = [i for i in range(len(cohort)) if i not in found]
-    short = sketch.sketch(cohort.U)
+    kept = sketch.keyed(kept, cohort.key.fold("sketch").value)
+    short = sketch.sketch(cohort.U, kept)
     known = [i for i in rows if cohort.client[i] in kept]
     if len(known) >= 3:
         gaps = torch.tensor([float((short[i] - kept[cohort.client[i]]).norm()) for i in known], dtype=torch.float64)

@@ -77,9 +77,10 @@ def learned(
 ) -> tuple[Tensor, Kept]:
     """The weights that make the aggregate best on the server's own examples, smoothed over rounds.
 
-    After Li et al. 2023 (FedLAW), who learn weights on proxy data. That hostile rows gain nothing is ours: no weight is
-    above 1 / (keep n), so `keep` of the rows share it and few examples are not overfitted; a row that points against
-    what the others make then weighs nothing; and `memory` of a client's weight comes from the rounds before. Projected
+    After Li et al. 2023 (FedLAW), who learn weights on proxy data. What is against hostile rows is ours: the descent
+    gives no row more than 1 / (keep n), so `keep` of the rows share it and few examples are not overfitted; a row that
+    points against the aggregate gets nothing, and the others share what it had; and `memory` of a client's weight
+    comes from the rounds before, so that it takes some rounds to fall, or to rise. Projected
     gradient descent on the mean loss of theta + sum_i w_i U_i over {w >= 0, sum w = 1, w <= cap}, from the weights
     kept, in `steps` steps of at most 1 / n a row; the mean of the later half counts. Rows longer than the median are
     judged as scaled down to it: put the screen norm_mad() before it. A step costs one gradient on the server's
@@ -100,8 +101,10 @@ def learned(
     for step in range(steps):
         slope = distance.along(cohort.U, referee.gradient(state.theta + model(w))).cpu()[rows] * scale[rows]
         slope -= slope.mean()
+        if not bool(torch.isfinite(slope).all()):
+            break
         steepest = max(steepest, float(slope.abs().max()))
-        if not (math.isfinite(steepest) and steepest > 0):
+        if steepest == 0:
             break
         w = w.index_copy(0, torch.tensor(rows), _on_capped_simplex(w[rows] - slope / (steepest * n), cap))
         if step >= steps // 2:
@@ -141,30 +144,42 @@ def trust(
     kept: Kept,
     *,
     temperature: Positive = 0.2,
-    floor: Positive = 0.1,
+    floor: Positive = 1.0,
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.5,
 ) -> tuple[Tensor, Kept]:
     """Accuracy gain x similarity / KL divergence, by softmax over the cohort, smoothed over rounds.
 
     Gain: the accuracy on the server's own examples after a row (less its loss where there are no classes), from 0 for
-    the worst row of the cohort to 1 for the best. Similarity: the cosine with the coordinate-wise median, 0 where
-    negative. KL divergence, in nats and at least `floor`: of the label shares a client claims from the cohort's mean
-    (client.labels = true); 1 where a client claims none. The score, over the cohort's largest, goes through a softmax
-    of `temperature` across the cohort; `memory` of a client's trust comes from the rounds before. 1 is the mean
-    trust. Costs a pass over the server's examples for each row.
+    the worst row, or four deviations below the median, to 1 for the best. Similarity: the cosine with the
+    coordinate-wise median, 0 where negative. KL divergence, in nats and at least `floor`: of the label shares a client
+    claims from the cohort's mean (client.labels = true); 1 where a client claims none. At the default floor a claim
+    can lower a score and never raise it, as it can not be verified. The score, over the cohort's largest, goes through
+    a softmax of `temperature` across the cohort; `memory` of a client's trust comes from the rounds before. 1 is the
+    mean trust. Costs a pass over the server's examples for each row.
     """
     rows = _finite(cohort, "trust")
     found = _referee(cohort).judge(state.theta + cohort.U[i] for i in rows)
     good = torch.where(found.accuracy.isnan(), -found.loss, found.accuracy).nan_to_num(nan=-math.inf)
-    gain = (good - good[good > -math.inf].min()) if bool((good > -math.inf).any()) else torch.zeros_like(good)
-    gain = gain.clamp(min=0) / gain.max() if float(gain.max()) > 0 else torch.ones_like(gain)
-    score = gain * _cosine_with_median(cohort, rows).clamp(min=0) / _divergence(cohort, rows).clamp(min=floor)
+    score = _gain(good)
+    score = score * _cosine_with_median(cohort, rows).clamp(min=0) / _divergence(cohort, rows).clamp(min=floor)
     score = score / score.max() if float(score.max()) > 0 else torch.ones_like(score)
     now = torch.softmax(score / temperature, 0) * len(rows)
     before = torch.stack([kept.get(cohort.client[i], _ONE) for i in rows])
     w = torch.zeros(len(cohort), dtype=torch.float64)
     w[rows] = memory * before + (1 - memory) * now
     return w, {**kept, **{cohort.client[i]: w[i] for i in rows}}
+
+
+def _gain(good: Tensor) -> Tensor:
+    """Figures to 0..1: the largest is 1; 0 the least, or four deviations below the median where that is more."""
+    finite = good[good > -math.inf]
+    if not len(finite):
+        return torch.ones_like(good)
+    middle = finite.quantile(0.5)
+    deviation = 1.4826 * float((finite - middle).abs().quantile(0.5))
+    low = max(float(finite.min()), float(middle) - 4 * deviation) if deviation > 0 else float(finite.min())
+    gain = (good - low).clamp(min=0)
+    return gain / gain.max() if float(gain.max()) > 0 else torch.ones_like(gain)
 
 
 def _cosine_with_median(cohort: Cohort, rows: list[int]) -> Tensor:
@@ -193,19 +208,21 @@ def foolsgold(cohort: Cohort, state: ServerState, kept: Kept, *, confidence: Pos
     """Less for rows that go together: 1 less the largest cosine between clients' summed updates (FoolsGold).
 
     Fung, Yoon and Beschastnikh 2020, algorithm 1, with its pardoning and its logit (`confidence` is kappa), over all
-    columns. The sums are kept as sketches of 2,048 columns, so cosines are off by some 2%. For data that differs
-    between clients: where it does not, honest rows go together as well.
+    columns. The sums are kept as sketches of 2,048 columns (kernels/sketch.py), so cosines are off by some 2%. It is
+    against many copies only: where clients' data are alike honest rows go together as well, and one row unlike all
+    others gets the most weight, whatever it holds. Rows of zero weigh nothing.
     """
     rows = _finite(cohort, "foolsgold")
-    short = sketch.sketch(cohort.U)
+    kept = sketch.keyed(kept, cohort.key.fold("sketch").value)
+    short = sketch.sketch(cohort.U, kept)
     sums = {cohort.client[i]: kept.get(cohort.client[i], torch.zeros_like(short[i])) + short[i] for i in rows}
     S = torch.stack([sums[cohort.client[i]] for i in rows])
     lengths = S.norm(dim=1)
     C = torch.where(lengths[:, None] * lengths > 0, S @ S.T / (lengths[:, None] * lengths).clamp(min=_TINY), 0.0)
-    C.fill_diagonal_(-1.0)
-    most = C.max(1).values if len(rows) > 1 else torch.zeros(1, dtype=torch.float64)
+    C = C.fill_diagonal_(0.0).clamp(min=0)
+    most = C.max(1).values
     pardon = torch.where(most[None] > most[:, None], most[:, None] / most[None].clamp(min=_TINY), 1.0)
-    v = (1 - (C * pardon).max(1).values).clamp(0, 1) if len(rows) > 1 else torch.ones(1, dtype=torch.float64)
+    v = torch.where(lengths > 0, (1 - (C * pardon).max(1).values).clamp(0, 1), 0.0)
     v = (v / v.max()).clamp(max=0.99) if float(v.max()) > 0 else torch.full_like(v, 0.5)
     w = torch.zeros(len(cohort), dtype=torch.float64)
     w[rows] = (confidence * (torch.log(v.clamp(min=_TINY) / (1 - v)) + 0.5)).clamp(0, 1)

@@ -11,6 +11,7 @@ from fedkeel.config import Aggregate, Job
 from fedkeel.core.errors import InputError
 
 AUTO = "auto"
+RISK = 1e-3
 LEAST_EXAMPLES = 100
 """Examples of its own from which on a server judges with them."""
 MOST_TRIMMED = 0.2
@@ -19,9 +20,16 @@ ALIKE = 0.15
 """Mean total variation between a client's label shares and all clients', up to which their data counts as alike."""
 
 
-def hostile_in_cohort(hostile: int, clients: int, cohort: int) -> int:
-    """How many hostile clients to allow for in a cohort: of a sampled one, one more than is to be expected."""
-    return hostile if cohort == clients else min(hostile, math.ceil(hostile * cohort / clients) + 1)
+def hostile_in_cohort(hostile: int, clients: int, cohort: int, rounds: int) -> int:
+    """How many hostile clients to allow for in a round: more come in one of all rounds with probability `RISK` at most.
+
+    Cohorts are drawn without replacement, so their number is hypergeometric.
+    """
+    from scipy.stats import hypergeom
+
+    if cohort == clients:
+        return hostile
+    return min(hostile, int(hypergeom.isf(RISK / rounds, clients, hostile, cohort)))
 
 
 def heterogeneity(histogram: Tensor) -> float:
@@ -43,8 +51,11 @@ def choose(job: Job, histogram: Tensor | None = None) -> tuple[Aggregate, str]:
         raise InputError(f"aggregate.reduce = 'auto' chooses aggregate.{named[0]} itself: leave out one of the two")
     n, clients = job.cohort, job.data.clients
     hostile = clients // 5 if section.hostile is None else section.hostile
-    f = hostile_in_cohort(hostile, clients, n)
-    expected = f"{f} of {n} updates a round may be hostile"
+    if hostile > clients:
+        raise InputError(f"aggregate.hostile = {hostile} is more than data.clients = {clients}: lower it")
+    f = hostile_in_cohort(hostile, clients, n, job.rounds)
+    drawn = "" if n == clients else f" (of {hostile} among {clients}; more in some round with probability {RISK:g})"
+    expected = f"{f} of {n} updates a round may be hostile{drawn}"
     if f == 0:
         return section.model_copy(update={"reduce": "mean"}), f"{expected}: the plain mean"
     if n <= 2 * f:
@@ -52,11 +63,11 @@ def choose(job: Job, histogram: Tensor | None = None) -> tuple[Aggregate, str]:
             f"aggregate.hostile = {hostile}: {expected}, and no rule withstands half or more: "
             "lower it, or raise select.cohort"
         )
-    if job.server.examples >= LEAST_EXAMPLES and not job.model.private:
+    if job.server.examples >= LEAST_EXAMPLES:
         rules: dict[str, object] = {
             "screens": ("norm_mad",),
             "weigh": ("learned",),
-            "reduce": f"weighted_trimmed_mean(share={round(min(MOST_TRIMMED, f / n), 3)})",
+            "reduce": f"weighted_trimmed_mean(share={min(MOST_TRIMMED, math.ceil(1000 * f / n) / 1000)})",
         }
         why = f"the server's own {job.server.examples} examples tell which rows help; the trim is for backdoors"
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,13 @@ class Federation:
             offsets = torch.tensor([0, len(own)])
             referee = ServerExamples(module, layout, ClientData(own.x, own.y, offsets, own.prepare), work)
         plan.check_referee(referee is not None)
+        adversary.check(pool, layout)
         chosen = None
         if job.aggregate.reduce == AUTO:
-            section, chosen = choose(job, label_histogram(data, pool.classes) if pool.classes else None)
+            told = label_histogram(data, pool.classes) if pool.classes and job.client.labels else None
+            section, chosen = choose(job, told)
             plan = build_plan(job.model_copy(update={"aggregate": section}))
+        plan = replace(plan, label_classes=pool.classes if job.client.labels else 0)
         return cls(job, key, pool, data, holdout, split.names, module, layout, plan, work, adversary, referee, chosen)
 
     def trainer(self, backend: str | None = None) -> Trainer:
@@ -115,13 +118,13 @@ class Federation:
         """The first model (P,)."""
         return self.layout.flatten(self.module)[self.layout.shared].clone()
 
-    def label_shares(self) -> dict[str, tuple[float, ...]]:
-        """What each client says of its labels; nothing unless the job has them told."""
+    def label_shares(self, memory: ClientMemory) -> dict[str, tuple[float, ...]]:
+        """What each client says of its labels; nothing unless the job has them told. Noise is kept in their memory."""
         if not (self.job.client.labels and self.pool.classes):
             return {}
         counts = label_histogram(self.data, self.pool.classes)
-        key, noise = self.key.fold("labels"), self.job.client.label_noise
-        return {name: device.label_shares(counts[i], noise, key.fold(name)) for i, name in enumerate(self.names)}
+        noise = self.job.client.label_noise
+        return {name: device.label_shares(name, counts[i], noise, memory) for i, name in enumerate(self.names)}
 
     def private(self) -> Tensor | None:
         """The first private columns of every client (W - P,), or None where all columns are shared."""

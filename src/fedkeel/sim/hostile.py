@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
+from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build
 from fedkeel.core.types import Claims
+from fedkeel.sim.pool import Pool
 from fedkeel.train.contract import ClientData
 
 Aggregate = Callable[[Tensor], Tensor]
@@ -51,6 +54,23 @@ class Adversary:
                     key = self.key.fold("data", name)
                     x[start:stop], y[start:stop] = attack(x[start:stop], y[start:stop], classes, key)
         return replace(data, x=x, y=y)
+
+    def check(self, pool: Pool, layout: Layout) -> None:
+        """Refuse attacks on data that have no classes to turn, and marks whose success nobody could measure."""
+        for attack in self._on("data"):
+            if not pool.classes or pool.y.dim() > 1:
+                raise InputError(
+                    f"attack.rule = '{attack!r}' needs one class label per example, which this data has not: choose "
+                    "another attack"
+                )
+        for attack in self._on("trigger"):
+            if pool.x.dim() < 2:
+                raise InputError(f"attack.rule = '{attack!r}' marks features, and an example here is a single number")
+            if layout.width > layout.columns:
+                raise InputError(
+                    f"attack.rule = '{attack!r}' is measured on the common model, and model.private leaves none: "
+                    "leave out one of the two"
+                )
 
     def triggered(self, x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:
         """The examples of other classes than the wanted one, marked, with the label that is wanted; None if none is."""

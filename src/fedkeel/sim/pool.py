@@ -150,7 +150,7 @@ class Pool:
 
 
 def keep_back(pool: Pool, count: int, key: Key) -> tuple[Pool, Pool]:
-    """The pool without `count` training examples, drawn by `key` evenly over the labels, and a pool of those.
+    """The pool without `count` training examples, drawn by `key` in proportion to the labels, and a pool of those.
 
     Raises `InputError` when the pool has not more than so many.
     """

@@ -76,7 +76,7 @@ class Simulator:
         )
         self._index = {name: i for i, name in enumerate(federation.names)}
         self._private = federation.private()
-        self._labels = federation.label_shares()
+        self._labels = federation.label_shares(memory)
         self._now = now
         self._events: list[tuple[float, int, int, _Outcome | None]] = []
         self._ticks = itertools.count()
