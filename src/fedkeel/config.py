@@ -221,6 +221,8 @@ class Job(Section):
             key, equals, text = setting.partition("=")
             if not equals or "\n" in setting:
                 raise InputError(f"'{setting}' is no setting: write section.key=value")
+            if key.strip() == "aggregate" and text.strip() == "auto":
+                key = "aggregate.reduce"
             _assign(values, key.strip(), text.strip())
         return Job(**values)
 

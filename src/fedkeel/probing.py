@@ -166,12 +166,16 @@ def probe(
     found = Probe(
         clean, hostile, (NO_ATTACK, *attacks), recipes, left_out, judged, root / "probe.csv", root / "report.html"
     )
+    _write_table(found)
+    write_probe(found.report, found, seeds=seeds, tolerance=tolerance, settings=job.to_toml())
+    return found
+
+
+def _write_table(found: Probe) -> None:
     with found.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(found.table[0]))
         writer.writeheader()
         writer.writerows(found.table)
-    write_probe(found.report, found, seeds=seeds, tolerance=tolerance, settings=job.to_toml())
-    return found
 
 
 def _cells(

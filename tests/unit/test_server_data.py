@@ -243,6 +243,7 @@ def test_auto_chooses_by_what_is_known_and_says_why(tmp_path):
     assert trusting.reduce == "mean"
     wary, _ = choose(Job(**{**SMALL, "aggregate": {"reduce": "auto", "hostile": 7}}))
     assert wary.weigh == ("learned",)
+    assert job.with_settings(["aggregate=auto"]).aggregate.reduce == "auto"
     run = ended(tmp_path, aggregate="auto", rounds=2)
     assert run.job.aggregate.reduce == "auto"
     with run.dir.ledger(readonly=True) as ledger:

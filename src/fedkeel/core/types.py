@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.kernels import distance
 
@@ -153,6 +154,15 @@ class Cohort:
 
     def __len__(self) -> int:
         return self.U.shape[0]
+
+    @property
+    def own_examples(self) -> Referee:
+        """The referee. Raises `InputError` where there is none: a plan is checked for that before it runs."""
+        if self.referee is None:
+            raise InputError(
+                "a rule judges with the server's own examples, but it has none: set server.examples, as 200"
+            )
+        return self.referee
 
     @cached_property
     def sq_distances(self) -> Tensor:

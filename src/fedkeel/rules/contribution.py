@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedkeel.core.errors import InputError
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Cohort, Referee, ServerState
 from fedkeel.kernels import combine
@@ -30,7 +29,7 @@ def leave_one_out(cohort: Cohort, w: Tensor, state: ServerState) -> Tensor:
     rows = _used(w)
     values = torch.zeros(len(cohort), dtype=torch.float64)
     others = [w.clone().index_fill_(0, torch.tensor([i]), 0.0) for i in rows]
-    losses = _referee(cohort).judge(_model(cohort, shares, state) for shares in (w, *others)).loss
+    losses = cohort.own_examples.judge(_model(cohort, shares, state) for shares in (w, *others)).loss
     values[rows] = losses[1:] - losses[0]
     return values
 
@@ -51,7 +50,7 @@ def gtg_shapley(
     remainder, so that the values still sum to the whole (the paper gives the rest 0). Costs at most
     orders * (n - 1) + 2 passes over the server's examples.
     """
-    rows, referee = _used(w), _referee(cohort)
+    rows, referee = _used(w), cohort.own_examples
     values = torch.zeros(len(cohort), dtype=torch.float64)
     before, after = referee.judge((state.theta, _model(cohort, w, state))).loss.tolist()
     whole = before - after
@@ -100,9 +99,3 @@ def _model(cohort: Cohort, w: Tensor, state: ServerState) -> Tensor:
 
 def _used(w: Tensor) -> list[int]:
     return torch.nonzero(w).flatten().tolist()
-
-
-def _referee(cohort: Cohort) -> Referee:
-    if cohort.referee is None:
-        raise InputError("a contribution is judged with the server's own examples: set server.examples, as 200")
-    return cohort.referee

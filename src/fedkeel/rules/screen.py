@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from fedkeel.core.errors import InputError
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Cohort, ServerState
 from fedkeel.kernels import distance, order, sketch
@@ -183,10 +182,8 @@ def loss_gain(cohort: Cohort, state: ServerState, *, limit: Positive = 4.0) -> F
     kept = [i for i in range(len(cohort)) if i not in found]
     if not kept:
         return found
-    if cohort.referee is None:
-        raise InputError("loss_gain judges with the server's own examples, but it has none: set server.examples")
     models = (state.theta, *(state.theta + cohort.U[i] for i in kept))
-    before, *after = cohort.referee.judge(models).loss.tolist()
+    before, *after = cohort.own_examples.judge(models).loss.tolist()
     finite = torch.tensor([loss for loss in after if math.isfinite(loss)], dtype=torch.float64)
     if not len(finite):
         return found | dict.fromkeys(kept, ("the loss after it is no number", -math.inf))

@@ -16,9 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedkeel.core.errors import CohortError, InputError
+from fedkeel.core.errors import CohortError
 from fedkeel.core.registry import rule
-from fedkeel.core.types import Cohort, Referee, ServerState
+from fedkeel.core.types import Cohort, ServerState
 from fedkeel.kernels import combine, distance, neighbours, order, sketch
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -86,7 +86,7 @@ def learned(
     judged as scaled down to it: put the screen norm_mad() before it. A step costs one gradient on the server's
     examples, and two passes over the rows.
     """
-    n, referee = len(cohort), _referee(cohort)
+    n, referee = len(cohort), cohort.own_examples
     rows = _finite(cohort, "learned")
     cap = max(1 / max(math.floor(keep * n), 1), 1 / len(rows))
     scale = torch.zeros(n, dtype=torch.float64)
@@ -126,7 +126,7 @@ def fltrust(cohort: Cohort, state: ServerState) -> Tensor:
     put the mixer equal_norms() after it, which scales all rows to one. Raises `CohortError` when every weight is 0.
     """
     rows = _finite(cohort, "fltrust")
-    own = _referee(cohort).update(state.theta, cohort.key.fold("fltrust"))
+    own = cohort.own_examples.update(state.theta, cohort.key.fold("fltrust"))
     length = math.sqrt(distance.sq_norm(own))
     lengths = cohort.norm[rows] * length
     along = distance.along(cohort.U, own).cpu()[rows]
@@ -158,7 +158,7 @@ def trust(
     mean trust. Costs a pass over the server's examples for each row.
     """
     rows = _finite(cohort, "trust")
-    found = _referee(cohort).judge(state.theta + cohort.U[i] for i in rows)
+    found = cohort.own_examples.judge(state.theta + cohort.U[i] for i in rows)
     good = torch.where(found.accuracy.isnan(), -found.loss, found.accuracy).nan_to_num(nan=-math.inf)
     score = _gain(good)
     score = score * _cosine_with_median(cohort, rows).clamp(min=0) / _divergence(cohort, rows).clamp(min=floor)
@@ -239,12 +239,6 @@ def _finite(cohort: Cohort, name: str) -> list[int]:
 
 def _shares(w: Tensor) -> Tensor:
     return w / w.sum()
-
-
-def _referee(cohort: Cohort) -> Referee:
-    if cohort.referee is None:
-        raise InputError("a rule judges with the server's own examples, but it has none: set server.examples, as 200")
-    return cohort.referee
 
 
 def _on_capped_simplex(v: Tensor, cap: float) -> Tensor:
