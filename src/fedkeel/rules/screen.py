@@ -171,7 +171,7 @@ def near_duplicates(
 
 
 @rule("screen", traits=("server_data",))
-def loss_gain(cohort: Cohort, state: ServerState, *, limit: Positive = 4.0) -> Found:
+def loss_gain(cohort: Cohort, state: ServerState, *, limit: Positive = 6.0) -> Found:
     """Rows after which the server's own examples lose more than `limit` deviations beyond the cohort's median.
 
     The score is Zeno's descent score without its penalty (Xie, Koyejo and Gupta 2019): the loss before a row less the
