@@ -177,7 +177,7 @@ def test_clients_tell_their_label_shares_only_if_the_job_says_so(tmp_path):
 def lines(key: Key) -> fedkeel.Pool:
     """A regression (tests)."""
     x = torch.randn(90, 3, generator=key.torch())
-    return fedkeel.Pool.from_arrays(x, x.sum(1))
+    return fedkeel.Pool.from_arrays(x, x.sum(1, keepdim=True))
 
 
 @fedkeel.rule("model")

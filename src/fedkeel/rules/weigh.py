@@ -127,11 +127,8 @@ def fltrust(cohort: Cohort, state: ServerState) -> Tensor:
     """
     rows = _finite(cohort, "fltrust")
     own = cohort.own_examples.update(state.theta, cohort.key.fold("fltrust"))
-    length = math.sqrt(distance.sq_norm(own))
-    lengths = cohort.norm[rows] * length
-    along = distance.along(cohort.U, own).cpu()[rows]
     w = torch.zeros(len(cohort), dtype=torch.float64)
-    w[rows] = torch.where(lengths > 0, along / lengths.clamp(min=_TINY), 0.0).clamp(0, 1)
+    w[rows] = _cosines_with(cohort, rows, own).clamp(0, 1)
     if not bool(w.any()):
         raise CohortError("fltrust found no row that points the way of the server's own update")
     return w
@@ -161,7 +158,8 @@ def trust(
     found = cohort.own_examples.judge(state.theta + cohort.U[i] for i in rows)
     good = torch.where(found.accuracy.isnan(), -found.loss, found.accuracy).nan_to_num(nan=-math.inf)
     score = _gain(good)
-    score = score * _cosine_with_median(cohort, rows).clamp(min=0) / _divergence(cohort, rows).clamp(min=floor)
+    median = order.trimmed_mean(cohort.U, (len(rows) - 1) // 2, rows)
+    score = score * _cosines_with(cohort, rows, median).clamp(min=0) / _divergence(cohort, rows).clamp(min=floor)
     score = score / score.max() if float(score.max()) > 0 else torch.ones_like(score)
     now = torch.softmax(score / temperature, 0) * len(rows)
     before = torch.stack([kept.get(cohort.client[i], _ONE) for i in rows])
@@ -182,10 +180,10 @@ def _gain(good: Tensor) -> Tensor:
     return gain / gain.max() if float(gain.max()) > 0 else torch.ones_like(gain)
 
 
-def _cosine_with_median(cohort: Cohort, rows: list[int]) -> Tensor:
-    median = order.trimmed_mean(cohort.U, (len(rows) - 1) // 2, rows)
-    lengths = cohort.norm[rows] * math.sqrt(distance.sq_norm(median))
-    along = distance.along(cohort.U, median).cpu()[rows]
+def _cosines_with(cohort: Cohort, rows: list[int], direction: Tensor) -> Tensor:
+    """Cosines of the picked rows with a direction (P,), float64; 0 where one of the two is zero."""
+    lengths = cohort.norm[rows] * math.sqrt(distance.sq_norm(direction))
+    along = distance.along(cohort.U, direction).cpu()[rows]
     return torch.where(lengths > 0, along / lengths.clamp(min=_TINY), 0.0)
 
 

@@ -81,6 +81,7 @@ class Federation:
                 "set data.holdout, as 0.2"
             )
         adversary = Adversary.among(split.names, job.attack.clients, job.attacks, key.fold("attack"))
+        adversary.check(pool, layout)
         data = adversary.poison(data, split.names, pool.classes)
         referee = None
         if own is not None:
@@ -89,7 +90,6 @@ class Federation:
             offsets = torch.tensor([0, len(own)])
             referee = ServerExamples(module, layout, ClientData(own.x, own.y, offsets, own.prepare), work)
         plan.check_referee(referee is not None)
-        adversary.check(pool, layout)
         chosen = None
         if job.aggregate.reduce == AUTO:
             told = label_histogram(data, pool.classes) if pool.classes and job.client.labels else None
