@@ -16,6 +16,7 @@ NETWORK_ROWS = 128  # above, the network's n log^2 n comparisons lose to numpy's
 _BLOCK_BYTES = 1 << 23  # working rows of one block: longer calls cost two workers fewer waits for each other
 _COMPILED_COLUMNS = 1 << 16  # per call: long beside the call's cost, short beside a worker's share
 _WEIGHTED_COLUMNS = 1 << 13
+NORMAL = 1.4826  # the MAD of normal values times this is their standard deviation
 _ROUNDING = 1e-6  # of sums of weights, in float
 _DEVICE_COLUMNS = 1 << 22  # on a GPU a block only bounds the memory
 
@@ -45,6 +46,12 @@ def mean_around_median(U: Tensor, keep: int, rows: Sequence[int] | None = None) 
     if keep == len(picked):
         return _statistic(U, picked, 0, 0)
     return _statistic(U, picked, 0, keep)
+
+
+def usual(values: Tensor) -> tuple[float, float]:
+    """The median of values (k,), and 1.4826 times their median absolute deviation (MAD)."""
+    middle = float(values.quantile(0.5))
+    return middle, NORMAL * float((values - middle).abs().quantile(0.5))
 
 
 def weighted_trimmed_mean(U: Tensor, weights: Sequence[float], share: float, rows: Sequence[int]) -> Tensor:

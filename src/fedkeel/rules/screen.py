@@ -26,7 +26,6 @@ from fedkeel.kernels import distance, order, sketch
 
 Found = dict[int, tuple[str, float]]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_NORMAL = 1.4826  # the MAD of normal values times this is their standard deviation
 _ROUNDING = 1e-6  # of a loss
 _LEAST_VARIANCE = 1e-300
 _NO_NUMBER = "it holds NaN or infinity"
@@ -46,8 +45,8 @@ def norm_mad(
     if not kept:
         return found
     logs = cohort.norm[kept].log()
-    middle = float(logs.quantile(0.5))
-    deviation = max(_NORMAL * float((logs - middle).abs().quantile(0.5)), floor)
+    middle, deviation = order.usual(logs)
+    deviation = max(deviation, floor)
     for i, value in zip(kept, logs.tolist(), strict=True):
         score = (value - middle) / deviation
         if score > limit or (small and score < -limit):
@@ -158,8 +157,7 @@ def near_duplicates(
         return found
     D = cohort.sq_distances.cpu()[kept][:, kept].sqrt().fill_diagonal_(math.inf)
     nearest = D.min(1).values
-    usual = float(nearest.quantile(0.5))
-    spread = _NORMAL * float((nearest - usual).abs().quantile(0.5))
+    usual, spread = order.usual(nearest)
     near = (ratio * usual > D) & ((usual - limit * spread > D) | (0.1 * ratio * usual > D))
     for k in sorted(range(len(kept)), key=lambda k: cohort.client[kept[k]], reverse=True):
         twins = [j for j in torch.nonzero(near[k]).flatten().tolist() if kept[j] not in found]
@@ -187,8 +185,7 @@ def loss_gain(cohort: Cohort, state: ServerState, *, limit: Positive = 6.0) -> F
     finite = torch.tensor([loss for loss in after if math.isfinite(loss)], dtype=torch.float64)
     if not len(finite):
         return found | dict.fromkeys(kept, ("the loss after it is no number", -math.inf))
-    middle = float(finite.quantile(0.5))
-    deviation = _NORMAL * float((finite - middle).abs().quantile(0.5))
+    middle, deviation = order.usual(finite)
     for i, loss in zip(kept, after, strict=True):
         if not loss <= middle + limit * deviation + _ROUNDING * abs(middle):
             gain = before - loss if math.isfinite(loss) else -math.inf
@@ -215,7 +212,7 @@ def gradient_variance(cohort: Cohort, state: ServerState, *, limit: Positive = 4
             logs[k, j] = float((cohort.U[i, part].double() / cohort.norm[i]).var()) + _LEAST_VARIANCE
     logs.log_()
     off = (logs - logs.quantile(0.5, dim=0)).abs()
-    scores = (off / (_NORMAL * off.quantile(0.5, dim=0)).clamp(min=0.1)).mean(1)
+    scores = (off / (order.NORMAL * off.quantile(0.5, dim=0)).clamp(min=0.1)).mean(1)
     for i, score in zip(kept, scores.tolist(), strict=True):
         if score > limit:
             found[i] = f"its variances by layer are {score:.1f} deviations from what is usual", score
@@ -246,8 +243,8 @@ def forecast(
     if len(known) >= 3:
         gaps = torch.tensor([float((short[i] - kept[cohort.client[i]]).norm()) for i in known], dtype=torch.float64)
         logs = gaps.clamp(min=_LEAST_VARIANCE).log()
-        middle = float(logs.quantile(0.5))
-        deviation = max(_NORMAL * float((logs - middle).abs().quantile(0.5)), 0.1)
+        middle, deviation = order.usual(logs)
+        deviation = max(deviation, 0.1)
         for i, value in zip(known, logs.tolist(), strict=True):
             score = (value - middle) / deviation
             if score > limit:

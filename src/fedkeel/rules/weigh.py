@@ -173,9 +173,8 @@ def _gain(good: Tensor) -> Tensor:
     finite = good[good > -math.inf]
     if not len(finite):
         return torch.ones_like(good)
-    middle = finite.quantile(0.5)
-    deviation = 1.4826 * float((finite - middle).abs().quantile(0.5))
-    low = max(float(finite.min()), float(middle) - 4 * deviation) if deviation > 0 else float(finite.min())
+    middle, deviation = order.usual(finite)
+    low = max(float(finite.min()), middle - 4 * deviation) if deviation > 0 else float(finite.min())
     gain = (good - low).clamp(min=0)
     return gain / gain.max() if float(gain.max()) > 0 else torch.ones_like(gain)
 
