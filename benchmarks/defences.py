@@ -66,16 +66,20 @@ def cells() -> Iterator[dict[str, object]]:
     for partition, hostile in blocks:
         for seed in seeds:
             yield from (cell(seed, partition, hostile, attack, OURS) for attack in ATTACKS)
-    for seed in seeds:
-        for attack in ATTACKS:
-            yield from (cell(seed, DIRICHLET, 10, attack, name) for name in defences(10) if name != OURS)
-        yield from (cell(seed, DIRICHLET, 10, COSTLY, name) for name in (OURS, MEAN, "median", "multi-Krum"))
-        for partition, hostile in blocks[1:]:
-            yield from (cell(seed, partition, hostile, attack, MEAN) for attack in ATTACKS)
+    for attack in ATTACKS:
+        yield from (cell(0, DIRICHLET, 10, attack, name) for name in defences(10) if name != OURS)
     for partition in (DIRICHLET, IID):
         for seed in seeds:
             for attack in ATTACKS:
                 yield from (cell(seed, partition, 5, attack, name) for name in (OURS, MEAN))
+    for partition, hostile in blocks:
+        for seed in seeds:
+            yield from (cell(seed, partition, hostile, attack, MEAN) for attack in ATTACKS)
+    for seed in seeds:
+        yield from (cell(seed, DIRICHLET, 10, COSTLY, name) for name in (OURS, MEAN, "median", "multi-Krum"))
+    for seed in seeds[1:]:
+        for attack in ATTACKS:
+            yield from (cell(seed, DIRICHLET, 10, attack, name) for name in defences(10) if name != OURS)
 
 
 def job(cell: dict[str, object], **changes: object) -> fedkeel.Job:
