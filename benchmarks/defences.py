@@ -175,10 +175,13 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     done = {_key(json.loads(line)) for line in lines}
-    left = [cell for cell in cells() if _key(cell) not in done][: given.most]
+    wanted = {_key(cell): cell for cell in cells()}
+    left = [cell for key, cell in wanted.items() if key not in done][: given.most]
     started = time.perf_counter()
     with (
-        ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            given.workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+        ) as pool,
         RESULTS.open("a") as out,
     ):
         for number, row in enumerate(pool.map(measure, left), 1):
