@@ -12,7 +12,7 @@ setup(
             "fedkeel.kernels._native",
             sources=[f"{FOLDER}/native.c"],
             depends=[str(path) for path in sorted(Path(FOLDER).glob("*.[ch]"))],
-            extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden"],
+            extra_compile_args=["-std=gnu11", "-O3", "-fno-math-errno", "-fvisibility=hidden"],
             libraries=["m"],
             optional=True,
         )

@@ -8,19 +8,15 @@ so use them. "clean" is the plain mean without an attack.
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 import fedkeel
+import resumable
 from fedkeel.core.keys import Key
 from fedkeel.sim.federation import Federation
 from fedkeel.train import Task, evaluate
@@ -98,19 +94,8 @@ def job(cell: dict[str, object], **changes: object) -> fedkeel.Job:
     return fedkeel.Job(**{**values, **changes})
 
 
-_parent = 0
-
-
-def _begin(parent: int) -> None:
-    global _parent
-    _parent = parent
-
-
 def measure(cell: dict[str, object]) -> dict[str, object]:
     """One run's figures."""
-    if os.getppid() != _parent:
-        os._exit(1)  # the command was killed: its workers must not go on
-    torch.set_num_threads(1)
     started = time.perf_counter()
     found = _baseline(cell) if cell["defence"] in BASELINES else _run(cell)
     return {**cell, **found, "seconds": round(time.perf_counter() - started, 2)}
@@ -163,35 +148,12 @@ def _accuracy(federation: Federation, theta: torch.Tensor) -> float:
     return float(found["accuracy"] or 0.0)
 
 
-def _key(cell: dict[str, object]) -> tuple[object, ...]:
-    return tuple(cell[name] for name in ("seed", "partition", "hostile", "attack", "defence"))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--most", type=int, default=10**6, help="runs to do now")
-    given = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    done = {_key(json.loads(line)) for line in lines}
-    wanted = {_key(cell): cell for cell in cells()}
-    left = [cell for key, cell in wanted.items() if key not in done][: given.most]
-    started = time.perf_counter()
-    with (
-        ProcessPoolExecutor(
-            given.workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
-        ) as pool,
-        RESULTS.open("a") as out,
-    ):
-        for number, row in enumerate(pool.map(measure, left), 1):
-            print(json.dumps(row), file=out, flush=True)
-            spent = time.perf_counter() - started
-            where = f"{row['partition']}, {row['hostile']} hostile, {row['attack']}, {row['defence']}"
-            print(
-                f"{number}/{len(left)} {spent:.0f} s: {where}: {row['accuracy']} {row.get('backdoor') or ''}",
-                flush=True,
-            )
+    def line(row: dict[str, object]) -> str:
+        where = f"{row['partition']}, {row['hostile']} hostile, {row['attack']}, {row['defence']}"
+        return f"{where}: {row['accuracy']} {row.get('backdoor') or ''}"
+
+    resumable.run(__doc__, cells(), ("seed", "partition", "hostile", "attack", "defence"), measure, RESULTS, line)
 
 
 if __name__ == "__main__":

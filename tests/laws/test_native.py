@@ -95,7 +95,7 @@ def test_a_product_is_right_and_stays_in_its_memory(
     left = a.t().contiguous() if turned == "tn" else a
     right = b.t().contiguous() if turned == "nt" else b
     code = ("nt", "nn", "tn").index(turned)
-    places = [(0, t.data_ptr(), t.shape[-1]) for t in (left, right, row, out)]
+    places = [(0, t.data_ptr(), t.shape[-1]) for t in (left, right, row, row, out)]
     table = np.array([(code, m, n, k, start, alpha, 0.0, *places)], native.OPERATION)
     bases = np.zeros(len(BASES), np.int64)
     library.run(table.ctypes.data, 1, bases.ctypes.data, bases.copy().ctypes.data, 1)

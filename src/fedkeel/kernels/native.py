@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-ABI = 6  # native.c has the same: a library built from other sources is left alone
+ABI = 7  # native.c has the same: a library built from other sources is left alone
 SETS = ("avx512", "avx2", "base")
 
 _OPERAND = np.dtype([("base", "<i8"), ("at", "<i8"), ("ld", "<i8")])
 OPERATION = np.dtype(
     [(name, "<i8") for name in ("code", "m", "n", "k", "start")]
     + [("alpha", "<f4"), ("unused", "<f4")]
-    + [(name, _OPERAND) for name in ("a", "b", "c", "out")]
+    + [(name, _OPERAND) for name in ("a", "b", "c", "d", "out")]
 )
 """One operation of a program, as `op` in native.c."""
 

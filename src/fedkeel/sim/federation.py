@@ -223,6 +223,7 @@ def build_work(job: Job) -> LocalWork:
         stopping=job.rule("train.stopping", "stopping"),
         loss=job.rule("model.loss", "loss"),
         corrections=job.rules("train.corrections", "correction"),
+        optimiser=job.rule("train.optimiser", "optimiser"),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkeel.core.keys import Key
-from fedkeel.core.registry import Rule
+from fedkeel.core.registry import Rule, build, definition
 
 Prepare = Callable[[Tensor], Tensor]
 
@@ -63,7 +63,7 @@ class ClientData:
 
 @dataclass(frozen=True, slots=True)
 class LocalWork:
-    """What every selected client does: plain SGD, `w -= lr * g`, on batches drawn without replacement per epoch.
+    """What every selected client does: steps of `optimiser` on batches drawn without replacement per epoch.
 
     `corrections` change the gradient of the trainable columns before the step, in order. `stopping` says how many
     steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example; a
@@ -75,6 +75,17 @@ class LocalWork:
     stopping: Rule
     loss: Rule
     corrections: tuple[Rule, ...] = ()
+    optimiser: Rule = field(default_factory=lambda: build("optimiser", "sgd"))
+
+    @property
+    def slots(self) -> tuple[float, ...]:
+        """What each of the optimiser's slots starts from."""
+        return tuple(self.optimiser.init())
+
+    @property
+    def plain(self) -> bool:
+        """Whether a step is `theta -= lr * g` and no more."""
+        return self.optimiser.definition is definition("optimiser", "sgd") and not self.slots
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,19 @@
 """From a recorded step to a short one: no aliases, no constants computed twice, SGD fused into the gradient products.
 
-Nodes never change places, but for the updates: each comes right after the last use of its parameter.
+Nodes never change places, but for plain SGD's updates: each comes right after the last use of its parameter. Any other
+optimiser steps at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedkeel.core.registry import Rule
 from fedkeel.train.record import Graph, Node, Ref, replace
 
 aten = torch.ops.aten
@@ -306,6 +309,37 @@ class Updates:
             self.ones[size] = self.graph.add(torch.ones(size, device=like.device))
             self.graph.constants.add(self.ones[size])
         return self.ones[size]
+
+
+def tick(clock: Tensor) -> None:
+    """One more step."""
+    clock.add_(1)
+
+
+@dataclass(frozen=True)
+class Optimise:
+    """A parameter's step by an optimiser, as one operation; `clock` (), or (L, 1) for L clients side by side."""
+
+    rule: Rule
+    lr: float
+
+    def __call__(self, theta: Tensor, g: Tensor, clock: Tensor, *slots: Tensor) -> None:
+        shape = (len(clock), -1) if clock.ndim else (-1,)
+        self.rule(theta.view(shape), g.reshape(shape), [slot.view(shape) for slot in slots], clock, self.lr)
+
+
+def optimise(graph: Graph, step: Optimise, clock: int, targets: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+    """End a simplified graph with a step of every target: its parameter, its gradient, its slots, by their values."""
+    graph.nodes.append(Node(tick, (Ref(clock),), {}, ()))
+    stepped = {graph.storage(parameter) for parameter, _, _ in targets}
+    steps = []
+    for parameter, gradient, slots in targets:
+        if graph.storage(gradient) in stepped:  # a look at a parameter, which may be stepped before
+            copy = graph.add(graph.tensors[gradient].clone())
+            graph.nodes.append(Node(aten.clone.default, (Ref(gradient),), {}, (copy,)))
+            gradient = copy
+        steps.append(Node(step, (Ref(parameter), Ref(gradient), Ref(clock), *map(Ref, slots)), {}, ()))
+    graph.nodes += steps
 
 
 def reuse_memory(graph: Graph, roots: Sequence[int]) -> None:

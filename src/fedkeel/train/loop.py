@@ -16,7 +16,7 @@ from fedkeel.train.contract import ClientData, LocalWork
 
 
 class LoopStep:
-    """A `Step` by autograd: gradient of the batch's mean loss, corrections, `w -= lr * g`."""
+    """A `Step` by autograd: gradient of the batch's mean loss, corrections, the optimiser."""
 
     def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> None:
         device = data.x.device
@@ -36,6 +36,8 @@ class LoopStep:
     def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
         self.memory, self.control = memory, control
         self.theta0 = self.theta.clone()
+        self.slots = [torch.full_like(self.theta, value) for value in self.work.slots]
+        self.clock = torch.zeros((), dtype=torch.float64, device=self.vector.device)
         # Integer buffers are no columns: each client starts from the module's own.
         self.state = {name: buffer.clone() for name, buffer in self.kept.items()}
 
@@ -54,7 +56,8 @@ class LoopStep:
         for correct, c_i, c in zip(self.work.corrections, self.memory, self.control, strict=True):
             g = correct(g, self.theta, self.theta0, c_i, c)
         with torch.no_grad():
-            self.theta.sub_(g, alpha=self.work.lr)
+            self.clock.add_(1)
+            self.work.optimiser(self.theta, g, self.slots, self.clock, self.work.lr)
             for name, (column, _) in self.buffers.items():
                 column.copy_(tensors[name])  # a module may have put a new tensor in the buffer's place
         self.state = {name: tensors[name].detach() for name in self.state}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedkeel.core.registry import definition
 from fedkeel.kernels import native
 from fedkeel.train.contract import Scale
+from fedkeel.train.fuse import Optimise, tick
 from fedkeel.train.record import Graph, Node, NotTraceableError, Ref
 
 aten = torch.ops.aten
 _NAMES = (
     *("product_nt", "product_nn", "product_tn", "relu", "threshold_backward", "tanh", "tanh_backward", "sigmoid"),
     *("sigmoid_backward", "log_softmax", "log_softmax_backward", "nll", "nll_backward", "add", "multiply", "scale"),
+    *("tick", "adam"),
     *("gather_bytes", "gather_floats", "gather_labels"),
 )
 _CODES = {name: code for code, name in enumerate(_NAMES)}  # the same order as in native.c
@@ -56,7 +59,7 @@ class Lowered:
         self, graph: Graph, losses: int, inputs: Mapping[str, Tensor], size: int, dtype: torch.dtype, scale: Scale
     ) -> None:
         missing = dict.fromkeys(
-            _called(node) for node in graph.nodes if not self._is_look(graph, node) and node.func not in _RULES
+            _called(node) for node in graph.nodes if not self._is_look(graph, node) and _kind(node) not in _RULES
         )
         if missing:
             raise NotTraceableError(f"the compiled kernels have no {', '.join(missing)}")
@@ -76,7 +79,7 @@ class Lowered:
         self._places[graph.storage(losses)] = LOSSES, 0
         for node in graph.nodes:
             if not self._is_look(graph, node):
-                _RULES[node.func](self, node)
+                _RULES[_kind(node)](self, node)
         out = graph.tensors[losses]
         if not out.is_contiguous() or out.storage_offset() or out.shape != (size,):
             raise NotTraceableError("its loss does not lie in one piece")
@@ -84,8 +87,7 @@ class Lowered:
         del self._graph, self._rows, self._places
 
     def _gather(self, value: int, size: int, dtype: torch.dtype, scale: Scale) -> None:
-        shift = torch.tensor(scale.shift)
-        self._kept.append(shift)
+        self._kept.append(shift := torch.tensor(scale.shift))
         name = "gather_bytes" if dtype == torch.uint8 else "gather_floats"
         width = self._graph.tensors[value].numel() // size
         places = self._flat(Ref(value)), (X, 0, 0), (ROWS, 0, 0), (FIXED, shift.data_ptr(), 0)
@@ -172,8 +174,8 @@ class Lowered:
         start: int = _ZERO,
         alpha: float = 1.0,
     ) -> None:
-        a, b, c = (*given, *[(FIXED, 0, 0)] * (3 - len(given)))
-        self._rows.append((_CODES[name], m, n, k, start, alpha, 0.0, a, b, c, out))
+        a, b, c, d = (*given, *[(FIXED, 0, 0)] * (4 - len(given)))
+        self._rows.append((_CODES[name], m, n, k, start, alpha, 0.0, a, b, c, d, out))
 
     def product(self, out: _Matrix, a: _Matrix, b: _Matrix, start: int, row: Any = None, alpha: float = 1.0) -> None:
         """out = start + alpha * a @ b."""
@@ -200,6 +202,24 @@ class Lowered:
         count = self._elements(*given, Ref(out))
         self._emit(name, self._flat(Ref(out)), *map(self._flat, given), n=count, alpha=alpha)
 
+    def stretch(self, name: str, out: Any, a: Any, b: Any = None, alpha: float = 1.0) -> None:
+        """The same over tensors of as many elements each, whatever their shapes."""
+        given = (out, a) if b is None else (out, a, b)
+        places = [self._flat(argument) for argument in given]
+        self._emit(name, *places, n=self.float32(out).numel(), alpha=alpha)
+
+    def tick(self, clock: Any) -> None:
+        """One more step."""
+        self._emit("tick", self._flat(clock, torch.float64))
+
+    def adam(self, arguments: Sequence[Any], numbers: Sequence[float], lr: float) -> None:
+        """`rules/optimiser.py`'s, in one pass."""
+        theta, g, clock, *slots = arguments
+        (base, m, _), (_, v, _) = map(self._flat, slots)
+        self._kept.append(kept := torch.tensor(numbers, dtype=torch.float64))
+        places = self._flat(g), (base, m, (v - m) // 4), (FIXED, kept.data_ptr(), 0), self._flat(clock, torch.float64)
+        self._emit("adam", self._flat(theta), *places, n=self.float32(theta).numel(), alpha=lr)
+
     def by_rows(self, name: str, out: int, a: Any, b: Any = None) -> None:
         """Over the last dimension, which the classes are in."""
         given = (a,) if b is None else (a, b)
@@ -213,8 +233,7 @@ class Lowered:
 
     def ones(self, count: int) -> _Matrix:
         """A row of ones."""
-        ones = torch.ones(count)
-        self._kept.append(ones)
+        self._kept.append(ones := torch.ones(count))
         return _Matrix(FIXED, ones.data_ptr(), count, 1, count, False)
 
     def row(self, value: int) -> _Matrix:
@@ -224,7 +243,14 @@ class Lowered:
         return _Matrix(base, at, count, 1, count, False)
 
 
+def _kind(node: Node) -> Any:
+    """What an operation is known by: an optimiser's step by its rule."""
+    return node.func.rule.definition.function if isinstance(node.func, Optimise) else node.func
+
+
 def _called(node: Node) -> str:
+    if isinstance(node.func, Optimise):
+        return f"optimiser {node.func.rule.name}"
     schema = getattr(node.func, "_schema", None)
     return schema.name.partition("::")[2] if schema is not None else getattr(node.func, "__name__", repr(node.func))
 
@@ -290,6 +316,31 @@ def _add_in_place(to: Lowered, node: Node) -> None:
     to.elementwise("add", target.value, target, value, node.kwargs["alpha"])
 
 
+@_lowers(tick)
+def _tick(to: Lowered, node: Node) -> None:
+    to.tick(*node.args)
+
+
+@_lowers(definition("optimiser", "sgd").function)
+def _sgd(to: Lowered, node: Node) -> None:
+    theta, g, _, *slots = node.args
+    assert isinstance(node.func, Optimise)
+    lr, given = node.func.lr, node.func.rule.parameters
+    for v in slots:
+        to.stretch("scale", v, v, alpha=given["momentum"])
+        to.stretch("add", v, v, g)
+        if given["nesterov"]:
+            to.stretch("add", theta, theta, v, alpha=-lr * given["momentum"])
+    to.stretch("add", theta, theta, g if given["nesterov"] or not slots else slots[0], alpha=-lr)
+
+
+@_lowers(definition("optimiser", "adam").function)
+def _adam(to: Lowered, node: Node) -> None:
+    assert isinstance(node.func, Optimise)
+    given = node.func.rule.parameters
+    to.adam(node.args, [given[name] for name in ("beta1", "beta2", "eps", "decay")], node.func.lr)
+
+
 @_lowers(aten.add.Tensor, aten.sub.Tensor)
 def _add(to: Lowered, node: Node) -> None:
     sign = 1 if node.func is aten.add.Tensor else -1
@@ -306,13 +357,11 @@ def _multiply(to: Lowered, node: Node) -> None:
         to.elementwise("multiply", _result(node), a, b)
 
 
-@_lowers(aten.relu.default, aten.tanh.default, aten.sigmoid.default)
+@_lowers(
+    *(aten.relu.default, aten.tanh.default, aten.sigmoid.default),
+    *(aten.tanh_backward.default, aten.sigmoid_backward.default),
+)
 def _activation(to: Lowered, node: Node) -> None:
-    to.elementwise(_called(node), _result(node), *node.args)
-
-
-@_lowers(aten.tanh_backward.default, aten.sigmoid_backward.default)
-def _activation_backward(to: Lowered, node: Node) -> None:
     to.elementwise(_called(node), _result(node), *node.args)
 
 

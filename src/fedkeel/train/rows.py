@@ -31,7 +31,7 @@ from fedkeel.train.client import (
 )
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trained
 from fedkeel.train.emit import Program, StepFunction
-from fedkeel.train.fuse import Updates, reuse_memory, simplify
+from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, simplify
 from fedkeel.train.record import Recorder
 
 
@@ -66,8 +66,13 @@ class Rows:
             for kind in {"memory", "control"} & rule.definition.traits:
                 self.vectors[f"{kind}.{i}"] = self._matrix(layout.trainable.stop)
         self.vectors["theta0"] = self._matrix(layout.trainable.stop)
+        self.slots = work.slots
+        self.vectors |= {f"slot.{i}": self._matrix(layout.trainable.stop) for i in range(len(self.slots))}
+        self.clock = torch.zeros(lanes, 1, dtype=torch.float64, device=self.device)
         self.views = {f"{k}/{name}": v for k, m in self.vectors.items() for name, v in self._views(m).items()}
-        self.views |= {f"state/{name}": torch.stack([b] * lanes) for name, b in self.state.items()}
+        self.views |= {"clock": self.clock} | {
+            f"state/{name}": torch.stack([b] * lanes) for name, b in self.state.items()
+        }
         self.step: StepFunction = self._record().bind(self.views)
 
     def train(
@@ -129,6 +134,9 @@ class Rows:
                         self._put(f"{kind}.{i}", at, vector)
             for name, value in self.state.items():
                 self.views[f"state/{name}"][at].copy_(value)
+            self.clock[at] = 0
+            for i, first in enumerate(self.slots):
+                self._put(f"slot.{i}", at, torch.full((layout.trainable.stop,), first))
         count = self.data.count(task.client)
         wanted = self.work.stopping(count, self.work.batch_size, [])
         lane = _Lane(task, count, wanted if count else 0, torch.empty(0, dtype=torch.int64))
@@ -235,20 +243,25 @@ class Rows:
         with Recorder(inputs) as recorder:
             gradients, losses = vmap(grad_and_value(loss))(trained, buffers, inputs["x"], inputs["y"], inputs["weight"])
             with torch.no_grad():
-                targets = self._corrected(inputs, trained, gradients)
+                corrected = self._corrected(inputs, trained, gradients)
         graph = recorder.graph
-        pairs = [(recorder.value(target), recorder.value(g)) for target, g in targets]
-        roots = simplify(graph, [recorder.value(losses), *(g for _, g in pairs)])
-        Updates(graph, self.work.lr).apply(dict(zip((p for p, _ in pairs), roots[1:], strict=True)))
+        parameters = [recorder.value(tensor) for tensor in trained.values()]
+        roots = simplify(graph, [recorder.value(losses), *map(recorder.value, corrected)])
+        if self.work.plain:
+            Updates(graph, self.work.lr).apply(dict(zip(parameters, roots[1:], strict=True)))
+        else:
+            slots = [[recorder.value(inputs[f"slot.{i}/{n}"]) for i in range(len(self.slots))] for n in trained]
+            step, clock = Optimise(self.work.optimiser, self.work.lr), recorder.value(inputs["clock"])
+            optimise(graph, step, clock, list(zip(parameters, roots[1:], slots, strict=True)))
         reuse_memory(graph, [roots[0]])
         return Program(graph, roots[0], ("x", "y", "weight"))
 
     def _corrected(
         self, inputs: Mapping[str, Tensor], trained: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, its gradient after the corrections), a pair a parameter."""
+    ) -> list[Tensor]:
+        """Every parameter's gradient after the corrections."""
         if not self.work.corrections:
-            return [(tensor, gradients[name]) for name, tensor in trained.items()]
+            return [gradients[name] for name in trained]
 
         def flat(kind: str) -> Tensor | None:
             parts = [inputs.get(f"{kind}/{name}") for name in trained]
@@ -259,4 +272,4 @@ class Rows:
         for i, rule in enumerate(self.work.corrections):
             g = rule(g, flat("w"), flat("theta0"), flat(f"memory.{i}"), flat(f"control.{i}"))
         pieces = torch.split(g, [tensor[0].numel() for tensor in trained.values()], -1)
-        return [(tensor, g.view(tensor.shape)) for tensor, g in zip(trained.values(), pieces, strict=True)]
+        return [g.view(tensor.shape) for tensor, g in zip(trained.values(), pieces, strict=True)]

@@ -15,7 +15,7 @@ from fedkeel.core.layout import Layout
 from fedkeel.train.client import batches, seeded
 from fedkeel.train.contract import ClientData, LocalWork, Prepare
 from fedkeel.train.emit import Program, StepFunction
-from fedkeel.train.fuse import Updates, reuse_memory, simplify
+from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, simplify
 from fedkeel.train.record import Graph, Recorder
 
 _ELEMENTWISE = "elementwise"
@@ -38,6 +38,8 @@ class TracedStep:
         self.theta0 = self.theta.clone() if work.corrections else self.theta
         self.memory = [self._room(rule.definition.traits, "memory") for rule in work.corrections]
         self.control = [self._room(rule.definition.traits, "control") for rule in work.corrections]
+        self.slots = torch.zeros(len(work.slots), len(self.theta), device=device)
+        self.clock = torch.zeros((), dtype=torch.float64, device=device)
         self.arrange = arranger(self.module, data.x, data.prepare)
         self._known: dict[int, StepFunction] = {}
         for size in sorted(sizes, reverse=True):
@@ -54,6 +56,9 @@ class TracedStep:
                 room.copy_(given)
         if self.work.corrections:
             self.theta0.copy_(self.theta)
+        for slot, first in zip(self.slots, self.work.slots, strict=True):
+            slot.fill_(first)
+        self.clock.zero_()
         for name, value in self.initial_state.items():
             self.state[name].copy_(value)
 
@@ -68,9 +73,11 @@ class TracedStep:
         """Every tensor that outlives a step, by name, at its fixed address."""
         found = {f"w.{name}": view for name, view in self.layout.views(self.vector).items()}
         found |= {f"state.{name}": tensor for name, tensor in self.state.items()}
-        if not self.work.corrections:
+        if self.work.plain and not self.work.corrections:
             return found
+        found["clock"] = self.clock
         flat = {"theta": self.theta, "theta0": self.theta0}
+        flat |= {f"slot.{i}": slot for i, slot in enumerate(self.slots)}
         for i, (c_i, c) in enumerate(zip(self.memory, self.control, strict=True)):
             flat |= {f"{kind}.{i}": t for kind, t in (("memory", c_i), ("control", c)) if t is not None}
         for name, vector in flat.items():
@@ -119,19 +126,27 @@ class TracedStep:
                         buffer.copy_(tensors[name])
                 targets = self._corrected(inputs, leaves, gradients)
         graph = recorder.graph
-        pairs = [(recorder.value(target), recorder.value(g)) for target, g in targets]
-        roots = simplify(graph, [recorder.value(losses), *(g for _, g in pairs)])
-        Updates(graph, work.lr).apply(dict(zip((p for p, _ in pairs), roots[1:], strict=True)))
+        parameters = [recorder.value(target) for target, _, _ in targets]
+        roots = simplify(graph, [recorder.value(losses), *(recorder.value(g) for _, g, _ in targets)])
+        if work.plain:
+            Updates(graph, work.lr).apply(dict(zip(parameters, roots[1:], strict=True)))
+            return graph, roots[0]
+        slots = [
+            [recorder.value(inputs[f"slot.{i}{suffix}"]) for i in range(len(self.slots))] for _, _, suffix in targets
+        ]
+        step, clock = Optimise(work.optimiser, work.lr), recorder.value(inputs["clock"])
+        optimise(graph, step, clock, list(zip(parameters, roots[1:], slots, strict=True)))
         return graph, roots[0]
 
     def _corrected(
         self, inputs: dict[str, Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, its gradient after the corrections): one pair a parameter, or one for the flat vector."""
+    ) -> list[tuple[Tensor, Tensor, str]]:
+        """(tensor, its gradient after the corrections, the inputs' suffix): for each parameter, or the flat vector."""
         rules = self.work.corrections
-        if not rules:
-            return [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
         trained = [e for e in self.layout.entries if e.trainable]
+        if self.work.plain and not rules:
+            found = zip(leaves, gradients, trained, strict=True)
+            return [(leaf, g, f"/{e.name}") for leaf, g, e in found if g is not None]
         flat = [
             torch.zeros_like(leaf).view(-1) if g is None else g.reshape(-1)
             for leaf, g in zip(leaves, gradients, strict=True)
@@ -143,13 +158,13 @@ class TracedStep:
             ]
         else:
             parts = [(inputs["theta"], inputs["theta"], torch.cat(flat), "")]
-        result = []
+        result: list[tuple[Tensor, Tensor, str]] = []
         for target, theta, gradient, suffix in parts:
             g = gradient
             for i, rule in enumerate(rules):
                 c_i, c = inputs.get(f"memory.{i}{suffix}"), inputs.get(f"control.{i}{suffix}")
                 g = rule(g, theta, inputs[f"theta0{suffix}"], c_i, c)
-            result.append((target, g))
+            result.append((target, g, suffix))
         return result
 
 

@@ -36,7 +36,7 @@ typedef struct {
 typedef struct {
     int64_t code, m, n, k, start;
     float alpha, unused; /* 8 bytes */
-    operand a, b, c, out;
+    operand a, b, c, d, out;
 } op;
 
 enum { START_ZERO, START_ROW, START_OUT };
@@ -57,6 +57,8 @@ enum {
     ADD,
     MULTIPLY,
     SCALE,
+    TICK,
+    ADAM,
     GATHER_BYTES,
     GATHER_FLOATS,
     GATHER_LABELS,
@@ -141,7 +143,7 @@ static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512, select_av
 #define EXPORT __attribute__((visibility("default")))
 
 /* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
-EXPORT int fedkeel_abi(void) { return 6; }
+EXPORT int fedkeel_abi(void) { return 7; }
 
 /* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
    is not there. */

@@ -52,11 +52,28 @@ INLINE void NAME(log_softmax_backward)(long n, const float *g, const float *log_
     for (long j = 0; j < n; j++) out[j] = g[j] - NAME(exponential)(log_p[j]) * sum;
 }
 
+/* rules/optimiser.py has the formula; `number` is beta1, beta2, eps, decay. */
+INLINE void NAME(adam)(long n, const float *g, float *m, long ld, const double *number, double t, double lr,
+                       float *theta) {
+    float *v = m + ld;
+    const float beta1 = (float)number[0], rest1 = (float)(1 - number[0]);
+    const float beta2 = (float)number[1], rest2 = (float)(1 - number[1]);
+    const float eps = (float)number[2], keep = (float)(1 - lr * number[3]);
+    const float size = (float)(lr / (1 - pow(number[0], t))), scale = (float)sqrt(1 - pow(number[1], t));
+    ELEMENTWISE
+    for (long j = 0; j < n; j++) {
+        m[j] = beta1 * m[j] + rest1 * g[j];
+        v[j] = beta2 * v[j] + rest2 * (g[j] * g[j]);
+        theta[j] = keep * theta[j] - size * (m[j] / (sqrtf(v[j]) / scale + eps));
+    }
+}
+
 static int NAME(run)(const op *program, int64_t length, char *const *base) {
     for (const op *o = program; o < program + length; o++) {
         const float *a = (const float *)(base[o->a.base] + o->a.at);
         const float *b = (const float *)(base[o->b.base] + o->b.at);
         const float *c = (const float *)(base[o->c.base] + o->c.at);
+        const void *d = base[o->d.base] + o->d.at;
         float *out = (float *)(base[o->out.base] + o->out.at);
         const long m = o->m, n = o->n;
         switch (o->code) {
@@ -120,6 +137,9 @@ static int NAME(run)(const op *program, int64_t length, char *const *base) {
             ELEMENTWISE
             for (long j = 0; j < n; j++) out[j] = a[j] * o->alpha;
             break;
+        case TICK: *(double *)out += 1; break;
+        /* out is theta, a its gradient, b its two moments, c Adam's numbers in double, d the number of the step. */
+        case ADAM: NAME(adam)(n, a, (float *)b, o->b.ld, (const double *)c, *(const double *)d, o->alpha, out); break;
         /* Row i of out (m, n) is (row b[i] of a - c) * alpha, b int64: a client's next batch. */
         case GATHER_BYTES:
             for (long i = 0; i < m; i++) {
