@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fedkeel.api import Progress as Progress
     from fedkeel.api import Run as Run
+    from fedkeel.api import reduce_files as reduce_files
     from fedkeel.api import report as report
     from fedkeel.api import resume as resume
     from fedkeel.api import run as run
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from fedkeel.sim.pool import Split as Split
 
 _HOMES = {
-    "fedkeel.api": ("Progress", "Run", "report", "resume", "run"),
+    "fedkeel.api": ("Progress", "Run", "reduce_files", "report", "resume", "run"),
     "fedkeel.comparison": ("Comparison", "Variant", "compare"),
     "fedkeel.config": ("Job", "load"),
     "fedkeel.core.errors": (

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from fedkeel import plugins
 from fedkeel.config import Job, load
 from fedkeel.core.errors import InputError, InterruptedRunError, RunError
+from fedkeel.core.registry import Rule, parse
 from fedkeel.core.types import ClientMemory, RoundReport, ServerState
-from fedkeel.ship import card, checkpoint
+from fedkeel.ship import card, checkpoint, stored
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
 from fedkeel.sim.federation import Federation, Value
@@ -33,6 +36,32 @@ class Progress:
     used: int
     refused: int
     skipped: str | None
+
+
+def reduce_files(
+    rows: Path | str | Sequence[Path | str],
+    reducer: Rule | str,
+    out: Path | str,
+    weights: Path | str | Sequence[float] | None = None,
+    *,
+    memory: int | str = "1GiB",
+    watch: Callable[[int, int], None] = lambda done, columns: None,
+) -> Path:
+    """Reduce updates that lie in .npy files of float32 to one in a .npy file (P,), in `memory`, and return its path.
+
+    `rows` is a file (n, P) in C order, or a file (P,) for each update; `weights` n numbers, or a file of them. The
+    reducer, as "median", must have the trait "coordinatewise": columns go through it in blocks, and come out as they
+    would in memory, but for the rounding of sums. `memory` ("512MB", or bytes) bounds what is held at once. Interrupted
+    and called again with the same arguments, it goes on where it was. `watch(done, columns)` is told how far it is.
+
+    Raises `InputError` for files, weights, a reducer or a bound that do not fit, `RunError` where the disk fails.
+    """
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(memory))
+    except ValidationError:
+        raise InputError(f"memory = {memory!r} is not valid: write a size, as 512MB") from None
+    rule = parse("reducer", reducer) if isinstance(reducer, str) else reducer
+    return stored.reduce_files(rows, rule, out, weights, memory=size, watch=watch)
 
 
 Watcher = Callable[[Progress], None]

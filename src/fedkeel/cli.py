@@ -232,6 +232,26 @@ def probe(
 
 
 @app.command()
+def reduce(
+    rows: Annotated[list[Path], typer.Argument(help="A .npy file (n, P) of float32, or one (P,) for each update.")],
+    rule: Annotated[str, typer.Option(help="A reducer that works by columns, as median.")],
+    out: Annotated[Path, typer.Option(help="The .npy file to write.")],
+    weights: Annotated[Path | None, typer.Option(help="A .npy file (n,) of the updates' weights.")] = None,
+    memory: Annotated[str, typer.Option(help="What may be held at once, as 512MB.")] = "1GiB",
+    plugin: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Reduce updates that lie on the disk, more than memory holds, to one; called again it goes on."""
+    from fedkeel import api, plugins
+    from fedkeel.watch import reducing
+
+    plugins.load([str(p) for p in plugin or []])
+    with _quiet(as_json), _interruptible("fedkeel reduce with the same arguments"), reducing(_err, rule) as watch:
+        done = api.reduce_files(rows, rule, out, weights, memory=memory, watch=watch)
+    _out.print_json(json.dumps({"out": str(done)})) if as_json else _out.print(f"reduced: {escape(str(done))}")
+
+
+@app.command()
 def demo(out: Out = None, settings: Settings = None) -> None:
     """A federation of 50 clients, ten of them hostile, three ways; under a minute."""
     from fedkeel import demo as demonstration

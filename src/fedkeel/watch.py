@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -84,6 +92,15 @@ def comparing(console: Console, rounds: int) -> Iterator[Callable[[str, int, api
                 console.print(f"{escape(name)}: {escape(describe(progress))}")
 
         yield step
+
+
+@contextmanager
+def reducing(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over columns."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(escape(label), total=None)
+        yield lambda done, columns: bar.update(task, completed=done, total=columns)
 
 
 def _interval(mean: float, low: float, high: float) -> tuple[str, str, str]:

@@ -260,3 +260,25 @@ def test_the_quick_norm_sees_what_is_not_finite(value, at):
     row[at] = value
     assert not math.isfinite(distance.sq_norm(row))
     assert distance.sq_norm(torch.zeros(0)) == 0.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(2, 12),
+    lengths=st.lists(st.sampled_from([1.0, 1.5, 3.0, 30.0, 1e6]), min_size=12, max_size=12),
+    common=st.sampled_from([0.0, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_inner_products_about_a_row_are_right_with_and_without_the_distances(
+    n: int, lengths: list[float], common: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    U = torch.randn(n, 300, generator=generator) * torch.tensor(lengths[:n])[:, None]
+    U = U + common * torch.randn(300, generator=generator)
+    D = distance.sq_distances(U)
+    for origin in (0, n - 1):
+        about = U.double() - U[origin].double()
+        size = about.norm(dim=1)
+        for given_distances in (None, D):
+            found = distance.gram_about(U, origin, list(range(n)), given_distances)
+            assert bool(((found - about @ about.T).abs() <= 1e-6 * size[:, None] * size[None, :] + 1e-30).all())

@@ -22,6 +22,7 @@ _MANY_ROWS = 2048  # above, a second (n, n) matrix is not worth it: torch uses i
 
 # A squared distance that is this small beside the two rows' squared norms has lost digits: it is measured again.
 _CANCELLED = {torch.float32: 1 / 32, torch.float64: 1e-7}
+_ALIKE = 16  # squared lengths that differ by less than this
 _RUN = 8192  # columns of one float32 product: its rounding stays below 1e-6 of the sum
 _FAINT = 1e-30  # squared norms that float32 products may have underflown in
 
@@ -124,11 +125,17 @@ def gram(
     return _sum_over_columns(U, n, work)
 
 
-def gram_about(U: Tensor, origin: int, rows: Sequence[int] | None = None) -> Tensor:
-    """Inner products of the picked rows less row `origin` of them, each right to 1e-7 of its two rows' lengths.
+def gram_about(U: Tensor, origin: int, rows: Sequence[int] | None = None, D: Tensor | None = None) -> Tensor:
+    """Inner products of the picked rows less row `origin` of them, each right to some 1e-7 of its two rows' lengths.
 
-    From float32 products where these neither overflow nor vanish, else from float64 ones.
+    Given their squared distances D (`sq_distances`), from these by the law of cosines where the lengths are alike, so
+    that nothing cancels. Else from float32 products where these neither overflow nor vanish, else from float64 ones.
     """
+    if D is not None and len(D) > 1:
+        away = D[origin]
+        others = torch.arange(len(D), device=D.device) != origin
+        if float(away.max()) <= _ALIKE * float(away[others].min()):
+            return (away[:, None] + away[None, :] - D) / 2
     if U.dtype == torch.float32:
         G = gram(U, origin, rows, torch.float32)
         others = torch.arange(len(G), device=G.device) != origin

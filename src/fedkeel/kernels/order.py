@@ -73,19 +73,20 @@ def weighted_trimmed_mean(U: Tensor, weights: Sequence[float], share: float, row
         for part in parts:
             out[part] = _weighted(U[picked, part], torch.tensor(weights, dtype=torch.float64, device=U.device), share)
 
-    blocks.share(U.shape[1], _WEIGHTED_COLUMNS if U.device.type == "cpu" else _DEVICE_COLUMNS, work)
+    on_cpu = min(_WEIGHTED_COLUMNS, max(_BLOCK_BYTES // (32 * len(picked)), 1 << 8))
+    blocks.share(U.shape[1], on_cpu if U.device.type == "cpu" else _DEVICE_COLUMNS, work)
     return out
 
 
 def _weighted(block: Tensor, weights: Tensor, share: float) -> Tensor:
     """(n, columns) -> (columns,): the weighted trimmed mean, by sorting."""
-    values, order = block.sort(dim=0)
-    upto = weights[order].cumsum(0)
-    below = torch.cat([torch.zeros_like(upto[:1]), upto[:-1]])
+    values, order = block.T.contiguous().sort(dim=1)
+    upto = weights[order].cumsum(1)
+    below = torch.cat([torch.zeros_like(upto[:, :1]), upto[:, :-1]], 1)
     inside = upto.clamp(max=1 - share) - below.clamp(min=share)
     inside = torch.where(inside > min(_ROUNDING, 0.1 / len(block)), inside, 0.0)
-    total = torch.where(inside > 0, values.to(torch.float64) * inside, 0.0).sum(0) / inside.sum(0)
-    return torch.where(values[-1].isnan(), torch.nan, total).to(block.dtype)
+    total = torch.where(inside > 0, values.to(torch.float64) * inside, 0.0).sum(1) / inside.sum(1)
+    return torch.where(values[:, -1].isnan(), torch.nan, total).to(block.dtype)
 
 
 def _statistic(U: Tensor, picked: list[int], trim: int, keep: int) -> Tensor:
@@ -129,7 +130,8 @@ def _compiled(
 def _on_cpu(rows: list[NDArray[Any]], plan: network.Plan | None, trim: int, keep: int, out: NDArray[Any]) -> None:
     """numpy: its calls cost a third of torch's here, and it lets go of the interpreter lock."""
     n, columns = len(rows), out.size
-    size = min(max(_BLOCK_BYTES // (out.itemsize * n), 1 << 13), 1 << 15, max(columns, 1))
+    least = 1 << 13 if plan else 1 << 8  # a sort is long beside its call
+    size = min(max(_BLOCK_BYTES // (out.itemsize * n), least), 1 << 15, max(columns, 1))
 
     def work(parts: Iterator[slice]) -> None:
         scratch = np.empty((plan.scratch if plan else 0, size), out.dtype)

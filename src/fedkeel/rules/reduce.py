@@ -122,12 +122,13 @@ def geometric_median(
     """
     rows = _used(U, w, 1, "geometric_median")
     shares = _shares(w.to(U.device)[rows])
-    lengths = _distances(U, rows, "geometric_median").to(U.device).sqrt()
+    D = _distances(U, rows, "geometric_median").to(U.device)
+    lengths = D.sqrt()
     centre = int((lengths @ shares).argmin())
     typical = float(_weighted_medians(lengths[centre][None], shares)[0])
     if typical == 0:  # most of the weight lies there: no other point is nearer to all
         return U[rows[centre]].clone()
-    c = _weiszfeld(distance.gram_about(U, centre, rows), shares, lengths[centre], typical, tolerance, max_steps)
+    c = _weiszfeld(distance.gram_about(U, centre, rows, D), shares, lengths[centre], typical, tolerance, max_steps)
     return _combined(U, rows, c)
 
 
@@ -147,9 +148,10 @@ def centered_clip(
     """
     rows = _used(U, w, 1, "centered_clip")
     shares = _shares(w.to(U.device)[rows])
-    lengths = _distances(U, rows, "centered_clip").to(U.device).sqrt()
+    D = _distances(U, rows, "centered_clip").to(U.device)
+    lengths = D.sqrt()
     centre = _central(lengths, shares)
-    G = distance.gram_about(U, centre, rows)
+    G = distance.gram_about(U, centre, rows, D)
     c = torch.zeros(len(rows), dtype=torch.float64, device=U.device)
     c[centre] = 1
     away = lengths[centre]
@@ -171,10 +173,10 @@ def caf(U: Tensor, w: Tensor, *, f: Hostile) -> Tensor:
     fewer than 2 f + 1 rows of weight above 0.
     """
     rows = _used(U, w, 2 * f + 1, f"caf(f={f})")
-    lengths = _distances(U, rows, "caf").sqrt()
+    D = _distances(U, rows, "caf")
     left = torch.ones(len(rows), dtype=torch.float64)
     best, least = left / len(rows), torch.inf
-    G = distance.gram_about(U, _central(lengths, best), rows).cpu()
+    G = distance.gram_about(U, _central(D.sqrt(), best), rows, D).cpu()
     while float(left.sum()) > len(rows) - 2 * f:
         c = left / left.sum()
         # With A = G centred at the mean, the covariance's eigenvalues are those of sqrt(c) A sqrt(c).
