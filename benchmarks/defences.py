@@ -28,6 +28,7 @@ OURS, MEAN, CLEAN = "learned weights", "plain mean", "none"
 ATTACKS = (
     *("sign_flip", "gaussian", "nan", "alie", "ipm(scale=0.5)", "ipm(scale=2.0)", "min_max", "min_sum", "fang"),
     *("mimic", "replacement", "sybil", "free_rider", "inflated_count", "label_flip", "backdoor"),
+    *("alie(z=1.5)", "min_max(direction='unit')", "min_sum(direction='unit')"),
 )
 COSTLY = "tailored"  # asks the server's rules 24 times a round
 BASELINES = ("centralised", "local only", "server's examples only")
