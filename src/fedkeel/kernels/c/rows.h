@@ -62,12 +62,22 @@ INLINE vec NAME(around)(const network *net, const float **registers, int64_t at)
     return __builtin_convertvector(sum * (1.0 / (double)keep), vec);
 }
 
+/* A step of a network fetches its share of the columns to come: all at once they would wait for each other. `due` are
+   the lines that the steps so far should have fetched beyond `line`, times the number of steps. */
+INLINE void NAME(fetch)(const network *net, const float **registers, int64_t ahead, int64_t *line, int64_t *due) {
+    for (*due += net->rows * (WIDTH / 16); *due >= net->count; *due -= net->count, ++*line)
+        __builtin_prefetch(registers[*line / (WIDTH / 16)] + ahead + *line % (WIDTH / 16) * 16, 0, 2);
+}
+
 /* WIDTH columns sorted, each value with its row's weight in the register of the same number of `weights` (WIDTH apart),
    then their weighted mean without a share of the weight at each end. */
-INLINE void NAME(weighted_block)(const network *net, const float **registers, float *weights, float *out) {
+INLINE void NAME(weighted_block)(const network *net, const float **registers, int64_t ahead, float *weights,
+                                 float *out) {
     for (int64_t i = 0; i < net->rows; i++)
         for (int64_t j = 0; j < WIDTH; j++) weights[i * WIDTH + j] = net->weights[i];
+    int64_t line = 0, due = 0;
     for (const int32_t *s = net->steps; s < net->steps + 4 * net->count; s += 4) {
+        NAME(fetch)(net, registers, ahead, &line, &due);
         const float *a = registers[s[0]], *b = registers[s[1]], *p = weights + s[0] * WIDTH, *q = weights + s[1] * WIDTH;
         float *low = (float *)registers[s[2]], *high = (float *)registers[s[3]];
         float *light = weights + s[2] * WIDTH, *heavy = weights + s[3] * WIDTH;
@@ -110,18 +120,19 @@ static void NAME(select_block)(const network *net, const float **registers, int6
             for (int g = 0; g < GROUP; g++) {
                 const vec x = LOAD(row + g * V);
                 found[g] |= UNORDERED(x);
-                if (g * V % 16 == 0) __builtin_prefetch(row + ahead + g * V, 0, 2);
             }
         }
         UNROLL(GROUP)
         for (int g = 0; g < GROUP; g++) bad[j / V + g] = found[g];
     }
     if (weights) {
-        NAME(weighted_block)(net, registers, weights, out);
+        NAME(weighted_block)(net, registers, ahead, weights, out);
         for (int64_t j = 0; j < WIDTH; j += V) STORE(out + j, SPOIL(LOAD(out + j), bad[j / V]));
         return;
     }
+    int64_t line = 0, due = 0;
     for (const int32_t *s = net->steps; s < net->steps + 4 * net->count; s += 4) {
+        NAME(fetch)(net, registers, ahead, &line, &due);
         const float *a = registers[s[0]], *b = registers[s[1]];
         float *low = s[2] >= 0 ? (float *)registers[s[2]] : 0, *high = s[3] >= 0 ? (float *)registers[s[3]] : 0;
         if (low && high) {
