@@ -317,6 +317,7 @@ def test_too_few_rows_for_a_rule_skip_the_round_with_the_reason():
     [
         ({"reduce": "trimmed_mean(trim=3)"}, "needs at least 7 rows"),
         ({"weigh": ("krum(f=2)",)}, "needs at least 7 rows"),
+        ({"weigh": ("trust", "trust")}, "'trust.*' is written twice, and the two would share"),
         ({"schedule": "sync(quorum=6)"}, "quorum"),
     ],
 )

@@ -47,6 +47,9 @@ class Plan:
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but select.cohort is {self.cohort}: "
                     f"raise the cohort or lower the rule's parameter"
                 )
+        kept = [repr(rule) for rule in (*self.screens, *self.weighers) if rule.definition.init is not None]
+        if twice := [rule for rule in kept if kept.count(rule) > 1]:
+            raise InputError(f"'{twice[0]}' is written twice, and the two would share what they keep: write it once")
         self._check_what_is_left()
         quorum = self.schedule.parameters.get("quorum", 1)
         if quorum > self.cohort:
