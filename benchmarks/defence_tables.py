@@ -28,14 +28,17 @@ def short(rows: list[Row]) -> str:
         "| 10 of 50 clients hostile, Dirichlet(0.5) | no attack | worst untargeted attack | backdoor believed |",
         "|---|---:|---:|---:|",
     ]
-    untargeted = attacks(rows, 10)
+    # What every defence was run under: a column must compare like with like.
+    untargeted = [
+        a for a in attacks(rows, 10) if all(mean(rows, DIRICHLET, 10, a, d) is not None for d in defences(rows))
+    ]
     for defence in defences(rows):
         worst = min(
             ((mean(rows, DIRICHLET, 10, a, defence), a) for a in untargeted if a != TARGETED),
             key=lambda pair: math.inf if pair[0] is None else pair[0],
             default=(None, ""),
         )
-        if worst[0] is None or any(mean(rows, DIRICHLET, 10, a, defence) is None for a in untargeted):
+        if worst[0] is None:
             continue
         name = f"**{defence}**" if defence == OURS else defence
         success = mean(rows, DIRICHLET, 10, TARGETED, defence, "backdoor")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,28 @@ def read_seconds(path: Path) -> float:
         while file.readinto(room):
             pass
     return time.perf_counter() - started
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = result["lines"]
+    out = [
+        f"| {result['rows']} rows on the disk | GB | read alone, s | reduced, s | cost model, s | peak memory, MiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        size = 4e-9 * result["rows"] * line["columns"]
+        out.append(
+            f"| {line['reducer']}, {line['columns']:,} columns | {size:.1f} | {line['read']:.1f} "
+            f"| {line['seconds']:.1f} | {line['model']:.1f} | {line['memory'] / 2**20:.0f} |"
+        )
+    for reducer in dict.fromkeys(line["reducer"] for line in lines):
+        (x0, y0), *_, (x1, y1) = [(x["columns"], x["seconds"]) for x in lines if x["reducer"] == reducer]
+        wanted = y0 + (y1 - y0) / (x1 - x0) * (result["wanted"] - x0)
+        out.append(
+            f"| {reducer}, {result['wanted']:,} columns | {4e-9 * result['rows'] * result['wanted']:.0f} | - "
+            f"| not run | {wanted:.0f} | - |"
+        )
+    return "\n".join(out)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fedkeel
 import resumable
+from defence_tables import spread
 from defences import MEAN, OURS, SERVER
 from defences import defences as compositions
 
@@ -77,6 +78,31 @@ def measure(cell: resumable.Cell) -> resumable.Cell:
             by_round = {str(row["round"]): row["value"] for row in done.metrics if row["name"] == "accuracy"}
             found = {"accuracy": by_round.get(str(ROUNDS)), "by_round": by_round}
     return {**cell, **found, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def table(rows: list[resumable.Cell]) -> str:
+    """Means over seeds with 95% intervals, each with the published figure; then ours against the best of these."""
+    names = list(PUBLISHED)
+
+    def found(attack: str, defence: str) -> list[float]:
+        return [float(r["accuracy"] or 0) for r in rows if (r["attack"], r["defence"]) == (attack, defence)]
+
+    out = [
+        "| accuracy, %: here (published) | " + " | ".join(names) + f" | **{OURS}** | best published | difference |",
+        "|---|" + "---:|" * (len(names) + 3),
+    ]
+    for attack in (*ATTACKS, *STRONGER):
+        known = ATTACKS.index(attack) if attack in ATTACKS else None
+        cells = []
+        for name in names:
+            there = "" if known is None else f" ({100 * PUBLISHED[name][known]:.0f})"
+            cells.append(spread(found(attack, name)) + there)
+        mine, best, gap = found(attack, OURS), "-", "-"
+        if known is not None and mine:
+            most = max(figures[known] for figures in PUBLISHED.values())
+            best, gap = f"{100 * most:.0f}", f"{100 * (sum(mine) / len(mine) - most):+.1f}"
+        out.append(f"| {attack} | " + " | ".join([*cells, f"**{spread(mine)}**", best, gap]) + " |")
+    return "\n".join(out)
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
     python benchmarks/run.py [--peers .bench-venvs] [--only simulation reducers overhead] [--tables]
 
 `--tables` only writes the tables anew from benchmarks/results. The runs under attack take hours: they are made by
-benchmarks/defences.py, which goes on where it was stopped; here their table is written.
+benchmarks/defences.py and benchmarks/published.py, which go on where they were stopped, and benchmarks/outofcore.py
+wants 24 GB of disk; here their tables are written.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from typing import Any
 
 import defence_tables
 import detection
+import outofcore
 import overhead
+import published
 import reducers
+import resumable
 import simulation
 
 HERE = Path(__file__).parent
@@ -69,9 +73,12 @@ def write_tables() -> None:
     front = replaced(readme.read_text(), "benchmarks", short(results))
     defences = RESULTS / "defences.jsonl"  # by benchmarks/defences.py
     if defences.exists():
-        runs = [json.loads(line) for line in defences.read_text().splitlines()]
+        runs = resumable.read(defences)
         text = replaced(text, "defences", defence_tables.page(runs))
         front = replaced(front, "attacks", defence_tables.short(runs))
+    if published.RESULTS.exists():  # by benchmarks/published.py
+        text = replaced(text, "published", published.table(resumable.read(published.RESULTS)))
+    text = replaced(text, "outofcore", outofcore.table(results["outofcore"])) if "outofcore" in results else text
     page.write_text(text)
     readme.write_text(front)
 
