@@ -65,6 +65,8 @@ def cells() -> Iterator[dict[str, object]]:
             yield from (cell(seed, partition, hostile, attack, OURS) for attack in ATTACKS)
     for attack in ATTACKS:
         yield from (cell(0, DIRICHLET, 10, attack, name) for name in defences(10) if name != OURS)
+    for seed in seeds:
+        yield cell(seed, DIRICHLET, 10, COSTLY, OURS)
     for partition in (DIRICHLET, IID):
         for seed in seeds:
             for attack in ATTACKS:
