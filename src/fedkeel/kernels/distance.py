@@ -22,7 +22,7 @@ _MANY_ROWS = 2048  # above, a second (n, n) matrix is not worth it: torch uses i
 
 # A squared distance that is this small beside the two rows' squared norms has lost digits: it is measured again.
 _CANCELLED = {torch.float32: 1 / 32, torch.float64: 1e-7}
-_ALIKE = 16  # squared lengths that differ by less than this
+_ALIKE = 1 << 10  # squared lengths that differ by less than this cost no digits that matter
 _RUN = 8192  # columns of one float32 product: its rounding stays below 1e-6 of the sum
 _FAINT = 1e-30  # squared norms that float32 products may have underflown in
 
