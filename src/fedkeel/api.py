@@ -51,16 +51,20 @@ def reduce_files(
 
     `rows` is a file (n, P) in C order, or a file (P,) for each update; `weights` n numbers, or a file of them. The
     reducer, as "median", must have the trait "coordinatewise": columns go through it in blocks, and come out as they
-    would in memory, but for the rounding of sums. `memory` ("512MB", or bytes) bounds what is held at once. Interrupted
-    and called again with the same arguments, it goes on where it was. `watch(done, columns)` is told how far it is.
+    would in memory, but for the rounding of sums. `memory` ("512MB", or bytes) bounds what is held at once, beside the
+    interpreter and torch themselves; with little of it fewer threads work. Interrupted and called again with the same
+    arguments, it goes on where it was. `watch(done, columns)` is told how far it is.
 
-    Raises `InputError` for files, weights, a reducer or a bound that do not fit, `RunError` where the disk fails.
+    Raises `InputError` for files, weights, a reducer or a bound that do not fit, or while another call writes the same
+    file, `RunError` where the disk fails.
     """
     try:
         size = int(TypeAdapter(ByteSize).validate_python(memory))
     except ValidationError:
         raise InputError(f"memory = {memory!r} is not valid: write a size, as 512MB") from None
     rule = parse("reducer", reducer) if isinstance(reducer, str) else reducer
+    if not isinstance(rule, Rule) or rule.kind != "reducer":
+        raise InputError(f"reducer = {reducer!r} is no reducer: write a name, as 'median', or build one")
     return stored.reduce_files(rows, rule, out, weights, memory=size, watch=watch)
 
 

@@ -18,7 +18,7 @@ from fedkeel.ship.stored import WORKING
 from fedkeel.testing import sample
 
 N, P = 9, 10_000
-SMALL = WORKING + 8 * N * 4096  # three blocks
+SMALL = 2 * WORKING + 8 * N * 4096  # three blocks
 COLUMNWISE = [name for name in names("reducer") if "coordinatewise" in definition("reducer", name).traits]
 
 
@@ -117,6 +117,59 @@ def test_memory_stays_within_its_bound(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), wanted, atol=1e-6)
 
 
+def test_two_calls_never_write_the_same_file(rows: Path, tmp_path: Path) -> None:
+    out, said = tmp_path / "out.npy", []
+
+    def another(done: int, columns: int) -> None:
+        if done == 4096:
+            for reducer in ("median", "mean"):
+                with pytest.raises(
+                    fedkeel.InputError, match=r"out.npy.part' is being written by another call"
+                ) as caught:
+                    fedkeel.reduce_files(rows, reducer, out, memory=SMALL)
+                said.append(caught)
+
+    fedkeel.reduce_files(rows, "median", out, memory=SMALL, watch=another)
+    assert len(said) == 2
+    w = torch.ones(N, dtype=torch.float64)
+    assert torch.equal(torch.from_numpy(np.load(out)), build("reducer", "median")(updates(), w))
+
+
+def test_a_row_that_goes_away_is_named(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.npy" for i in range(N)]
+    for path, row in zip(paths, updates(), strict=True):
+        np.save(path, row.numpy())
+    kept = paths[3].read_bytes()
+
+    def away(done: int, columns: int) -> None:
+        paths[3].unlink(missing_ok=True)
+
+    with pytest.raises(fedkeel.RunError, match=r"3.npy can not be read any more .No such file"):
+        fedkeel.reduce_files(paths, "median", tmp_path / "out.npy", memory=SMALL, watch=away)
+    paths[3].write_bytes(kept)
+    fedkeel.reduce_files(paths, "median", tmp_path / "out.npy", memory=SMALL)
+    w = torch.ones(N, dtype=torch.float64)
+    assert torch.equal(torch.from_numpy(np.load(tmp_path / "out.npy")), build("reducer", "median")(updates(), w))
+
+
+@fedkeel.rule("reducer", name="test_double", traits=("coordinatewise",))
+def double(U: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Gives float64."""
+    return U.double().mean(0)
+
+
+def test_a_reducer_that_gives_something_else_is_heard(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(fedkeel.RunError, match=r"'test_double' made torch.float64 .* it must give float32"):
+        fedkeel.reduce_files(rows, "test_double", tmp_path / "out.npy")
+
+
+def header(path: Path, shape: tuple[int, ...]) -> Path:
+    """A file that promises much."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return path
+
+
 def broken(tmp_path: Path) -> dict[str, tuple[list[Path], dict[str, object], str]]:
     """Rows, arguments, and what is said."""
     good, U = tmp_path / "rows.npy", updates().numpy()
@@ -140,8 +193,16 @@ def broken(tmp_path: Path) -> dict[str, tuple[list[Path], dict[str, object], str
             "looks at whole rows: out of core there are mean, mean_around",
         ),
         "few": ([good], {"reducer": "trimmed_mean(trim=5)"}, "needs 11 rows of weight above 0, not 9"),
-        "weights": ([good], {"weights": [1.0]}, "weights do not fit 9 rows: give 9 finite numbers of 0 or more"),
-        "no weights": ([good], {"weights": tmp_path / "text.npy"}, "text.npy' is no .npy file of numbers"),
+        "weights": ([good], {"weights": [1.0]}, "these are no weights of 9 rows: give 9 finite numbers"),
+        "no weights": ([good], {"weights": tmp_path / "text.npy"}, "text.npy' holds no weights of 9 rows: give 9"),
+        "no columns": ([header(tmp_path / "h.npy", (5, 0))], {}, r"holds float32 \(5, 0\): write rows of float32"),
+        "negative": ([header(tmp_path / "m.npy", (5, -3))], {}, r"holds float32 \(5, -3\): write rows of float32"),
+        "no rows": ([header(tmp_path / "z.npy", (0, 5))], {}, r"holds float32 \(0, 5\): write rows of float32"),
+        "vast": ([header(tmp_path / "v.npy", (2**32, 2**32))], {}, "ends before its .* values do"),
+        "itself": ([good], {"out": good}, "is one of the files that are read: choose another one to write"),
+        "no reducer": ([good], {"reducer": 3}, "reducer = 3 is no reducer: write a name"),
+        "words": ([good], {"weights": ["a"] * N}, "these are no weights of 9 rows"),
+        "huge": ([good], {"weights": [10**400] * N}, "these are no weights of 9 rows"),
         "memory": ([good], {"memory": "1MB"}, "memory = 1000000 bytes is too little for 9 rows: give at least"),
         "size": ([good], {"memory": "much"}, "memory = 'much' is not valid: write a size, as 512MB"),
     }
@@ -149,6 +210,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[list[Path], dict[str, object], str
 
 CASES = [
     *("no file", "no npy", "double", "fortran", "cut", "two", "widths"),
+    *("no columns", "negative", "no rows", "vast", "itself", "no reducer", "words", "huge"),
     *("rule", "few", "weights", "no weights", "memory", "size"),
 ]
 
@@ -158,7 +220,7 @@ def test_bad_input_is_one_sentence(case: str, rows: Path, tmp_path: Path) -> Non
     files, given, words = broken(tmp_path)[case]
     with pytest.raises(fedkeel.InputError, match=words):
         fedkeel.reduce_files(files, **{"reducer": "median", "out": tmp_path / "out.npy", **given})  # type: ignore[arg-type]
-    assert not (tmp_path / "out.npy").exists()
+    assert not list(tmp_path.glob("out.npy*"))
 
 
 def test_a_place_that_can_not_be_written_is_said(rows: Path, tmp_path: Path) -> None:

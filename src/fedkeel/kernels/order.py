@@ -73,7 +73,7 @@ def weighted_trimmed_mean(U: Tensor, weights: Sequence[float], share: float, row
         for part in parts:
             out[part] = _weighted(U[picked, part], torch.tensor(weights, dtype=torch.float64, device=U.device), share)
 
-    on_cpu = min(_WEIGHTED_COLUMNS, max(_BLOCK_BYTES // (32 * len(picked)), 1 << 8))
+    on_cpu = min(_WEIGHTED_COLUMNS, max(_BLOCK_BYTES // (32 * len(picked)), 1))
     blocks.share(U.shape[1], on_cpu if U.device.type == "cpu" else _DEVICE_COLUMNS, work)
     return out
 
@@ -130,7 +130,7 @@ def _compiled(
 def _on_cpu(rows: list[NDArray[Any]], plan: network.Plan | None, trim: int, keep: int, out: NDArray[Any]) -> None:
     """numpy: its calls cost a third of torch's here, and it lets go of the interpreter lock."""
     n, columns = len(rows), out.size
-    least = 1 << 13 if plan else 1 << 8  # a sort is long beside its call
+    least = 1 << 13 if plan else 1  # a sort is long beside its call
     size = min(max(_BLOCK_BYTES // (out.itemsize * n), least), 1 << 15, max(columns, 1))
 
     def work(parts: Iterator[slice]) -> None:
