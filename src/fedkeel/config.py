@@ -47,9 +47,7 @@ class Train(Section):
     """What each selected client does."""
 
     batch_size: Positive = Field(20, description="examples per step")
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        0.1, description="learning rate of the local optimiser"
-    )
+    lr: Annotated[float, Field(gt=0, le=1e30)] = Field(0.1, description="learning rate of the local optimiser")
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
     corrections: tuple[str, ...] = Field((), description="changes to the local gradient: `fedkeel rules correction`")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from train_cases import BATCH, CASES, compiled, data_of, module_of, tasks_of, work_of
 
+from fedkeel.core.errors import InputError
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build, rule
 from fedkeel.testing import check
@@ -33,6 +34,12 @@ IDS = [repr(build("optimiser", name, **given)) for name, given, _, _ in ORACLES]
 def sign(theta: Tensor, g: Tensor, slots: Sequence[Tensor], t: Tensor, lr: float) -> None:
     """A user's own: steps of lr along the gradient's sign, divided by the number of the step."""
     theta.sub_(g.sign() * (lr / t).to(g.dtype))
+
+
+@rule("correction", name="test_keeping", traits=("memory",))
+def keeping(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor, c: None) -> Tensor:
+    """Keeps something."""
+    return g - c_i
 
 
 @pytest.mark.parametrize(("name", "given", "oracle", "options"), ORACLES, ids=IDS)
@@ -137,3 +144,19 @@ def test_native_says_that_it_has_no_kernel_for_an_optimiser() -> None:
     work = replace(work_of(case), optimiser=build("optimiser", "test_sign"))
     why = fits("native", module, Layout.of(module), data, work)
     assert why == "the compiled kernels have no optimiser test_sign"
+
+
+@pytest.mark.parametrize("backend", ["traced", "rows"])
+def test_gradients_that_are_zero_but_for_rounding_keep_no_backend_away(backend: str) -> None:
+    """The bias of attention's keys: Adam steps along its rounding, which differs."""
+    case = CASES["attention"]
+    module, data = module_of(case), data_of(case)
+    work = replace(work_of(case), optimiser=build("optimiser", "adam"), lr=0.01)
+    assert fits(backend, module, Layout.of(module), data, work) is None
+
+
+def test_what_can_not_be_meant_is_refused() -> None:
+    with pytest.raises(InputError, match="has no momentum to look ahead with: give momentum"):
+        _ = replace(work_of(CASES["mlp"]), optimiser=build("optimiser", "sgd", nesterov=True)).slots
+    with pytest.raises(InputError, match="'test_keeping' is written twice, and the two would share what they keep"):
+        work_of(CASES["mlp"], *[build("correction", "test_keeping")] * 2)

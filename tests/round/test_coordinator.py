@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fedkeel.core.errors import InputError
+from fedkeel.core.registry import build
 from fedkeel.core.types import RoundReport
 from fedkeel.round.coordinator import Checkpoint, Command, Done, Evaluate, Record, Train, Wait
 from fedkeel.round.quarantine import Quarantine
@@ -318,6 +319,7 @@ def test_too_few_rows_for_a_rule_skip_the_round_with_the_reason():
         ({"reduce": "trimmed_mean(trim=3)"}, "needs at least 7 rows"),
         ({"weigh": ("krum(f=2)",)}, "needs at least 7 rows"),
         ({"weigh": ("trust", "trust")}, "'trust.*' is written twice, and the two would share"),
+        ({"transforms": (build("row_transform", "clip", norm=1.0),) * 2}, "'clip' is written twice, and the two would"),
         ({"schedule": "sync(quorum=6)"}, "quorum"),
     ],
 )

@@ -128,8 +128,9 @@ def gram(
 def gram_about(U: Tensor, origin: int, rows: Sequence[int] | None = None, D: Tensor | None = None) -> Tensor:
     """Inner products of the picked rows less row `origin` of them, each right to some 1e-7 of its two rows' lengths.
 
-    Given their squared distances D (`sq_distances`), from these by the law of cosines where the lengths are alike, so
-    that nothing cancels. Else from float32 products where these neither overflow nor vanish, else from float64 ones.
+    Given their squared distances D (`sq_distances`), from these by the law of cosines where no length is more than 32
+    times another, so that little cancels. Else from float32 products where these neither overflow nor vanish, else from
+    float64 ones.
     """
     if D is not None and len(D) > 1:
         away = D[origin]

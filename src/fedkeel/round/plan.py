@@ -47,9 +47,15 @@ class Plan:
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but select.cohort is {self.cohort}: "
                     f"raise the cohort or lower the rule's parameter"
                 )
-        kept = [repr(rule) for rule in (*self.screens, *self.weighers) if rule.definition.init is not None]
-        if twice := [rule for rule in kept if kept.count(rule) > 1]:
-            raise InputError(f"'{twice[0]}' is written twice, and the two would share what they keep: write it once")
+        # What a transform keeps and draws goes by its name, what a screen or weigher keeps by the whole of its text.
+        for kept in (
+            [rule.name for rule in self.transforms],
+            [repr(rule) for rule in (*self.screens, *self.weighers) if rule.definition.init is not None],
+        ):
+            if twice := [name for name in kept if kept.count(name) > 1]:
+                raise InputError(
+                    f"'{twice[0]}' is written twice, and the two would share what they keep: write it once"
+                )
         self._check_what_is_left()
         quorum = self.schedule.parameters.get("quorum", 1)
         if quorum > self.cohort:

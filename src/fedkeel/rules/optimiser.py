@@ -14,12 +14,15 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
+from fedkeel.core.errors import InputError
 from fedkeel.core.registry import rule
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _velocity(*, momentum: float, nesterov: bool) -> tuple[float, ...]:
+    if nesterov and not momentum:
+        raise InputError("optimiser 'sgd(nesterov=True)' has no momentum to look ahead with: give momentum, as 0.9")
     return (0.0,) if momentum else ()
 
 
@@ -34,7 +37,7 @@ def sgd(
     momentum: Share = 0.0,
     nesterov: bool = False,
 ) -> None:
-    """theta - lr * v with v = momentum * v + g; with nesterov = true, theta - lr * (g + momentum * v).
+    """theta - lr * v with v = momentum * v + g; with nesterov=True, theta - lr * (g + momentum * v).
 
     Without momentum v is g: the fastest, as the step is then part of the product that makes the gradient. Heavy ball
     (Polyak 1964), and as PyTorch writes Nesterov's (Sutskever et al. 2013).
@@ -64,13 +67,14 @@ def adam(
     *,
     beta1: Share = 0.9,
     beta2: Share = 0.999,
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8,
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8,
     decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
 ) -> None:
     """Steps of about lr in every column, whatever the gradient's size; use a small lr, as 0.001.
 
-    Adam (Kingma and Ba 2015, algorithm 1). `decay` first shrinks theta by lr * decay, apart from the gradient: AdamW
-    (Loshchilov and Hutter 2019).
+    Adam (Kingma and Ba 2015, algorithm 1). A column whose gradient is 0 but for rounding steps along that rounding, so
+    that there two backends may differ by a few lr. `decay` first shrinks theta by lr * decay, apart from the gradient:
+    AdamW (Loshchilov and Hutter 2019).
     """
     m, v = slots
     if decay:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import Rule, build, definition
 
@@ -76,6 +77,12 @@ class LocalWork:
     loss: Rule
     corrections: tuple[Rule, ...] = ()
     optimiser: Rule = field(default_factory=lambda: build("optimiser", "sgd"))
+
+    def __post_init__(self) -> None:
+        self.optimiser.init()  # says now what can not be meant
+        kept = [rule.name for rule in self.corrections if {"memory", "control"} & rule.definition.traits]
+        if twice := [name for name in kept if kept.count(name) > 1]:
+            raise InputError(f"'{twice[0]}' is written twice, and the two would share what they keep: write it once")
 
     @property
     def slots(self) -> tuple[float, ...]:
