@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
-from fedkeel.kernels import distance
+from fedkeel.kernels import combine, distance
 
 Stage = Literal["train", "transport", "decode", "check", "screen", "weigh", "late", "quarantine"]
 
@@ -136,7 +136,8 @@ class Cohort:
 
     U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of all columns.
     `params` are the columns of U that are parameters (the rest are buffers), `layers` those of each tensor. `key` is
-    the round's own: what a rule draws comes from it. `referee` is there for rules with the trait "server_data".
+    the round's own: what a rule draws comes from it. `referee` is there for rules with the trait "server_data";
+    `reduce` is what the plan's mixers and reducer make of weights (n,).
     """
 
     U: Tensor
@@ -151,6 +152,7 @@ class Cohort:
     labels: tuple[tuple[float, ...], ...]
     key: Key
     referee: Referee | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return self.U.shape[0]
@@ -163,6 +165,15 @@ class Cohort:
                 "a rule judges with the server's own examples, but it has none: set server.examples, as 200"
             )
         return self.referee
+
+    def reduced(self, w: Tensor) -> Tensor:
+        """What the round would come to (P,) with these weights; their weighted mean where no plan is known.
+
+        Raises `CohortError` where they leave the plan's rules too few rows.
+        """
+        if self.reduce is not None:
+            return self.reduce(w)
+        return combine.weighted_sum(self.U, w / w.sum())
 
     @cached_property
     def sq_distances(self) -> Tensor:

@@ -81,10 +81,12 @@ def learned(
     gives no row more than 1 / (keep n), so `keep` of the rows share it and few examples are not overfitted; a row that
     points against the aggregate gets nothing, and the others share what it had; and `memory` of a client's weight
     comes from the rounds before, so that it takes some rounds to fall, or to rise. Projected
-    gradient descent on the mean loss of theta + sum_i w_i U_i over {w >= 0, sum w = 1, w <= cap}, from the weights
-    kept, in `steps` steps of at most 1 / n a row; the mean of the later half counts. Rows longer than the median are
-    judged as scaled down to it: put the screen norm_mad() before it. A step costs one gradient on the server's
-    examples, and two passes over the rows.
+    gradient descent on the mean loss over {w >= 0, sum w = 1, w <= cap}, from the weights kept, in `steps` steps of at
+    most 1 / n a row; the mean of the later half counts. The slope is that of theta + sum_i w_i U_i, rows longer than
+    the median scaled down to it; a step is taken only if the model that the plan's mixers and reducer make of the new
+    weights is no worse, and else halved: rows that the mean would bear may move a trimmed mean. Put the screen
+    norm_mad() before it. A step costs a gradient and a loss on the server's examples, a pass over the rows, and the
+    mixers and the reducer once.
     """
     n, referee = len(cohort), cohort.own_examples
     rows = _finite(cohort, "learned")
@@ -97,16 +99,27 @@ def learned(
     def model(w: Tensor) -> Tensor:
         return combine.weighted_sum(cohort.U, w * scale)
 
-    w, total, steepest = before, torch.zeros_like(before), 0.0
+    def loss(w: Tensor) -> float:
+        try:
+            found = float(referee.judge([state.theta + cohort.reduced(w)]).loss)
+        except CohortError:  # too few rows have weight
+            return math.inf
+        return found if math.isfinite(found) else math.inf
+
+    w, total, size, least, slope = before, torch.zeros_like(before), 1 / n, loss(before), None
     for step in range(steps):
-        slope = distance.along(cohort.U, referee.gradient(state.theta + model(w))).cpu()[rows] * scale[rows]
-        slope -= slope.mean()
-        if not bool(torch.isfinite(slope).all()):
-            break
-        steepest = max(steepest, float(slope.abs().max()))
-        if steepest == 0:
-            break
-        w = w.index_copy(0, torch.tensor(rows), _on_capped_simplex(w[rows] - slope / (steepest * n), cap))
+        if slope is None:
+            slope = distance.along(cohort.U, referee.gradient(state.theta + model(w))).cpu()[rows] * scale[rows]
+            slope -= slope.mean()
+            if not bool(torch.isfinite(slope).all()) or not bool(slope.any()):
+                break
+            slope /= slope.abs().max()
+        tried = w.index_copy(0, torch.tensor(rows), _on_capped_simplex(w[rows] - slope * size, cap))
+        found = loss(tried)
+        if found <= least:
+            w, least, slope, size = tried, found, None, min(1.5 * size, 1 / n)
+        else:
+            size /= 2
         if step >= steps // 2:
             total += w
     w = _shares(total) if bool(total.any()) else w
