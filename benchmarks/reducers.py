@@ -56,7 +56,7 @@ def ours(U: torch.Tensor, w: torch.Tensor, f: int) -> dict[str, Callable[[], Any
         "mean": functools.partial(mean, U, w),
         "median": functools.partial(build("reducer", "median"), U, w),
         "trimmed_mean": functools.partial(build("reducer", "trimmed_mean", trim=f), U, w),
-        "geometric_median": functools.partial(build("reducer", "geometric_median"), U, flat),
+        "geometric_median": functools.partial(build("reducer", "geometric_median", tolerance=1e-10), U, flat),
         "multi_krum": krum_mean,
         "mean_around_median": functools.partial(build("reducer", "mean_around_median", f=f), U, w),
         # Of bulyan, f = n // 5 rows would be too many.
