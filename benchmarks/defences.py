@@ -140,11 +140,11 @@ def _baseline(cell: dict[str, object]) -> dict[str, object]:
     else:
         assert federation.referee is not None
         models = (theta + federation.referee.update(theta, key) for _ in range(1))
-    shares = [_accuracy(federation, model) for model in models]
+    shares = [accuracy(federation, model) for model in models]
     return {"accuracy": sum(shares) / len(shares)}
 
 
-def _accuracy(federation: Federation, theta: torch.Tensor) -> float:
+def accuracy(federation: Federation, theta: torch.Tensor) -> float:
     pool = federation.pool
     loss = federation.work.loss
     found = evaluate(federation.module, federation.layout, theta, pool.test_x, pool.test_y, pool.prepare, loss)
