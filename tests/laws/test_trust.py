@@ -46,6 +46,42 @@ def test_learned_weights_beat_equal_ones_on_the_servers_examples() -> None:
     assert learned < equal
 
 
+def test_learned_weights_step_only_where_what_is_applied_is_no_worse() -> None:
+    """Four rows tempt the mean: they alone lead to the optimum. What the plan makes of them is another thing."""
+    U = torch.cat([0.05 * helpful(16), torch.ones(4, 60)])
+    asked_for: list[float] = []
+
+    def reduce(w: Tensor) -> Tensor:
+        share = float(w[16:].sum() / w.sum())
+        asked_for.append(share)
+        return (-3.0 if share > 0.25 else 1.0) * ((w / w.sum()).float() @ U)
+
+    tempted = asked(build("weigher", "learned", memory=0.0), cohort(U))
+    held = asked(build("weigher", "learned", memory=0.0), dataclasses.replace(cohort(U), reduce=reduce))
+    assert float(tempted[16:].sum() / tempted.sum()) > 0.35
+    assert max(asked_for) > 0.25
+    assert float(held[16:].sum() / held.sum()) <= 0.25
+
+
+def test_what_leaves_the_plan_too_few_rows_is_no_step() -> None:
+    U = helpful(9)
+    given = cohort(U)
+    equal = torch.ones(9, dtype=torch.float64)
+
+    refused: list[int] = []
+
+    def reduce(w: Tensor) -> Tensor:
+        if int((w > 0).sum()) < 9:
+            refused.append(int((w > 0).sum()))
+            raise CohortError("too few rows")
+        return given.reduced(w)
+
+    w = asked(build("weigher", "learned", memory=0.0, keep=0.2), dataclasses.replace(given, reduce=reduce))
+    assert refused
+    assert float(w.sum()) == pytest.approx(1)
+    assert torch.allclose(given.reduced(equal), U.mean(0), atol=1e-6)
+
+
 def test_learned_weights_remember() -> None:
     U = helpful(20)
     U[0] *= -1
