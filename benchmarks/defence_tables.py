@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedkeel.comparison import interval
+from resumable import newest
 
 Row = dict[str, Any]
 DIRICHLET, MEAN, OURS, NONE = "dirichlet(alpha=0.5)", "plain mean", "learned weights", "none"
@@ -19,6 +20,8 @@ def page(rows: list[Row]) -> str:
     parts = ["**Without an attack**", clean(rows), "**10 of 50 hostile, Dirichlet(0.5)**", against(rows)]
     parts += ["**Learned weights and the plain mean, at every share of hostile clients**", ours(rows)]
     parts += ["**Whom learned weights leave out**", detection(rows)]
+    if any(row.get("before") for row in rows):
+        parts.append("† By the version of learned weights before their steps were checked against the loss.")
     return "\n\n".join(parts)
 
 
@@ -50,7 +53,7 @@ def short(rows: list[Row]) -> str:
 def clean(rows: list[Row]) -> str:
     out = ["| | " + " | ".join(PARTITIONS.values()) + " |", "|---|" + "---:|" * len(PARTITIONS)]
     for defence in defences(rows, attack=NONE):
-        cells = [spread(values(rows, p, 0, NONE, defence)) for p in PARTITIONS]
+        cells = [spread(values(rows, p, 0, NONE, defence)) + dagger(rows, p, 0, NONE, defence) for p in PARTITIONS]
         out.append(f"| {defence} | " + " | ".join(cells) + " |")
     return "\n".join(out)
 
@@ -59,7 +62,7 @@ def against(rows: list[Row]) -> str:
     names = defences(rows)
     out = ["| accuracy, % | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for attack in attacks(rows, 10):
-        cells = [spread(values(rows, DIRICHLET, 10, attack, d)) for d in names]
+        cells = [spread(values(rows, DIRICHLET, 10, attack, d)) + dagger(rows, DIRICHLET, 10, attack, d) for d in names]
         out.append(f"| {attack} | " + " | ".join(cells) + " |")
     success = [spread(values(rows, DIRICHLET, 10, TARGETED, d, "backdoor")) for d in names]
     return "\n".join([*out, "| backdoor: mark believed, % | " + " | ".join(success) + " |"])
@@ -74,7 +77,7 @@ def ours(rows: list[Row]) -> str:
         cells = []
         for p, h in columns:
             found, plain = mean(rows, p, h, attack, OURS), mean(rows, p, h, attack, MEAN)
-            cells.append(f"{percent(found)} / {percent(plain)}")
+            cells.append(f"{percent(found)}{dagger(rows, p, h, attack, OURS)} / {percent(plain)}")
         out.append(f"| {attack} | " + " | ".join(cells) + " |")
     worst = []
     for p, h in columns:
@@ -110,11 +113,21 @@ def values(
     rows: list[Row], partition: str, hostile: int, attack: str, defence: str, column: str = "accuracy"
 ) -> list[float]:
     """One figure a seed; the accuracy of a run that ended without a model counts as 0, and no other figure of it."""
-    wanted = (partition, hostile, attack, defence)
-    found = [r for r in rows if (r["partition"], r["hostile"], r["attack"], r["defence"]) == wanted]
+    found = newest(chosen(rows, partition, hostile, attack, defence))
     if column == "accuracy":
         return [float(r["accuracy"] or 0.0) for r in found]
     return [float(r[column]) for r in found if r.get(column) is not None]
+
+
+def chosen(rows: list[Row], partition: str, hostile: int, attack: str, defence: str) -> list[Row]:
+    wanted = (partition, hostile, attack, defence)
+    return [r for r in rows if (r["partition"], r["hostile"], r["attack"], r["defence"]) == wanted]
+
+
+def dagger(rows: list[Row], partition: str, hostile: int, attack: str, defence: str) -> str:
+    """A mark for what an earlier version of the rule gave."""
+    found = newest(chosen(rows, partition, hostile, attack, defence))
+    return "†" if any(row.get("before") for row in found) else ""
 
 
 def mean(

@@ -47,7 +47,7 @@ def run(
     parser.add_argument("--most", type=int, default=10**6, help="runs to do now")
     given = parser.parse_args()
     results.parent.mkdir(exist_ok=True)
-    done = {_key(row, names) for row in read(results)}
+    done = {_key(row, names) for row in read(results) if not row.get("before")}
     wanted = {_key(cell, names): cell for cell in cells}
     left = [cell for key, cell in wanted.items() if key not in done][: given.most]
     started = time.perf_counter()
@@ -63,8 +63,17 @@ def run(
 
 
 def read(results: Path) -> list[Cell]:
-    """The rows that were measured."""
+    """The rows that were measured. Those with "before" are of a version that has changed since: they are run again."""
     return [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []
+
+
+def newest(rows: Iterable[Cell]) -> list[Cell]:
+    """One row a seed: that of the version before only where there is no other."""
+    found: dict[object, Cell] = {}
+    for row in rows:
+        if row["seed"] not in found or not row.get("before"):
+            found[row["seed"]] = row
+    return list(found.values())
 
 
 def _key(cell: Cell, names: Sequence[str]) -> tuple[object, ...]:
