@@ -126,6 +126,11 @@ def table(rows: list[resumable.Cell]) -> str:
         dagger = "†" if any(row.get("before") for row in chosen(attack, OURS)) else ""
         out.append(f"| {attack} | " + " | ".join([*cells, f"**{spread(mine)}**{dagger}", best, gap]) + " |")
     single = spread(found(CLEAN, ALONE))
+    if any(row.get("before") for row in rows):
+        out += [
+            "",
+            "† At least one seed by learned weights as they were before their steps were checked against the loss.",
+        ]
     return "\n".join([*out, "", f"The server's 500 examples alone, which only {OURS} use: {single}."])
 
 
