@@ -12,7 +12,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,6 +253,12 @@ def _load(kind: str, registering: str = "") -> None:
         return
     _loaded.add(kind)
     importlib.import_module(module)
+
+
+def require_once(kept: Sequence[str]) -> None:
+    """Refuse two rules that would keep things under one name. Raises `InputError`."""
+    if twice := [name for name in kept if kept.count(name) > 1]:
+        raise InputError(f"'{twice[0]}' is written twice, and the two would share what they keep: write it once")
 
 
 def type_name(annotation: Any) -> str:

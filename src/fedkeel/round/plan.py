@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedkeel.core.errors import InputError
-from fedkeel.core.registry import Rule
+from fedkeel.core.registry import Rule, require_once
 from fedkeel.round.quarantine import Quarantine
 
 STREAM_ABOVE = 256 * 2**20
@@ -48,14 +48,8 @@ class Plan:
                     f"raise the cohort or lower the rule's parameter"
                 )
         # What a transform keeps and draws goes by its name, what a screen or weigher keeps by the whole of its text.
-        for kept in (
-            [rule.name for rule in self.transforms],
-            [repr(rule) for rule in (*self.screens, *self.weighers) if rule.definition.init is not None],
-        ):
-            if twice := [name for name in kept if kept.count(name) > 1]:
-                raise InputError(
-                    f"'{twice[0]}' is written twice, and the two would share what they keep: write it once"
-                )
+        require_once([rule.name for rule in self.transforms])
+        require_once([repr(r) for r in (*self.screens, *self.weighers) if r.definition.init is not None])
         self._check_what_is_left()
         quorum = self.schedule.parameters.get("quorum", 1)
         if quorum > self.cohort:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from fedkeel.core.errors import RunError
 
@@ -22,14 +23,19 @@ def write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         with open(temporary, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
+            put(file, temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):  # the first failure is the one to tell
             temporary.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written ({error.strerror}): {_remedy(error)}") from error
+
+
+def put(file: BinaryIO, temporary: Path, path: Path) -> None:
+    """Let the file that was written under a temporary name take the place of `path`, once it is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fedkeel.core.errors import InputError, InterruptedRunError, RunError
 from fedkeel.core.registry import Rule, definition, names
+from fedkeel.ship import files
 
 Floats = NDArray[np.float32]
 
@@ -139,11 +141,14 @@ def _output(out: Path, columns: int, description: str) -> Iterator[tuple[Callabl
     try:
         with open(partial, "a+b") as file:
             _lock(file, partial)
-            begin = 0
+            head, begin = _header(columns), 0
             with contextlib.suppress(OSError, ValueError):
                 if note.read_text() == description:
-                    begin = min(partial.stat().st_size // 4, columns)
-            file.truncate(4 * begin)  # before the note: what it speaks of must never be another call's
+                    begin = min(max(partial.stat().st_size - len(head), 0) // 4, columns)
+            # Before the note: what it speaks of must never be another call's.
+            file.truncate(len(head) + 4 * begin if begin else 0)
+            if not begin:
+                file.write(head)
             note.write_text(description)
 
             def write(values: Tensor) -> None:
@@ -151,9 +156,8 @@ def _output(out: Path, columns: int, description: str) -> Iterator[tuple[Callabl
                 file.flush()
 
             yield write, begin
-            _finish(out, partial, columns)
+            files.put(file, partial, out)
             note.unlink()
-            partial.unlink()
     except OSError as error:
         raise RunError(f"{out} could not be written ({error.strerror}): make room, or choose another place") from error
 
@@ -169,16 +173,11 @@ def _lock(file: BinaryIO, path: Path) -> None:
         raise InputError(f"'{path}' is being written by another call: wait for it, or choose another file")
 
 
-def _finish(out: Path, partial: Path, columns: int) -> None:
-    """The columns with the header of a .npy file before them."""
-    whole = out.with_name(out.name + ".whole")
-    with open(whole, "wb") as file, open(partial, "rb") as source:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (columns,)})
-        while chunk := source.read(1 << 24):
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(whole, out)
+def _header(columns: int) -> bytes:
+    """What a .npy file (columns,) of float32 begins with."""
+    written = io.BytesIO()
+    np.lib.format.write_array_header_1_0(written, {"descr": "<f4", "fortran_order": False, "shape": (columns,)})
+    return written.getvalue()
 
 
 def _places(paths: Sequence[Path]) -> tuple[list[_Row], int]:

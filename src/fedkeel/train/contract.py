@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
-from fedkeel.core.registry import Rule, build, definition
+from fedkeel.core.registry import Rule, build, definition, require_once
 
 Prepare = Callable[[Tensor], Tensor]
 
@@ -80,9 +79,7 @@ class LocalWork:
 
     def __post_init__(self) -> None:
         self.optimiser.init()  # says now what can not be meant
-        kept = [rule.name for rule in self.corrections if {"memory", "control"} & rule.definition.traits]
-        if twice := [name for name in kept if kept.count(name) > 1]:
-            raise InputError(f"'{twice[0]}' is written twice, and the two would share what they keep: write it once")
+        require_once([rule.name for rule in self.corrections if {"memory", "control"} & rule.definition.traits])
 
     @property
     def slots(self) -> tuple[float, ...]:
