@@ -51,7 +51,7 @@ def test_learned_weights_step_only_where_what_is_applied_is_no_worse() -> None:
     U = torch.cat([0.05 * helpful(16), torch.ones(4, 60)])
     asked_for: list[float] = []
 
-    def reduce(w: Tensor) -> Tensor:
+    def reduce(given: Cohort, w: Tensor) -> Tensor:
         share = float(w[16:].sum() / w.sum())
         asked_for.append(share)
         return (-3.0 if share > 0.25 else 1.0) * ((w / w.sum()).float() @ U)
@@ -70,11 +70,11 @@ def test_what_leaves_the_plan_too_few_rows_is_no_step() -> None:
 
     refused: list[int] = []
 
-    def reduce(w: Tensor) -> Tensor:
+    def reduce(given: Cohort, w: Tensor) -> Tensor:
         if int((w > 0).sum()) < 9:
             refused.append(int((w > 0).sum()))
             raise CohortError("too few rows")
-        return given.reduced(w)
+        return dataclasses.replace(given, reduce=None).reduced(w)
 
     w = asked(build("weigher", "learned", memory=0.0, keep=0.2), dataclasses.replace(given, reduce=reduce))
     assert refused

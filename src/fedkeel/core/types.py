@@ -137,7 +137,7 @@ class Cohort:
     U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of all columns.
     `params` are the columns of U that are parameters (the rest are buffers), `layers` those of each tensor. `key` is
     the round's own: what a rule draws comes from it. `referee` is there for rules with the trait "server_data";
-    `reduce` is what the plan's mixers and reducer make of weights (n,).
+    `reduce` is what the plan's mixers and reducer make of a cohort and weights (n,).
     """
 
     U: Tensor
@@ -152,7 +152,7 @@ class Cohort:
     labels: tuple[tuple[float, ...], ...]
     key: Key
     referee: Referee | None = None
-    reduce: Callable[[Tensor], Tensor] | None = None
+    reduce: Callable[[Cohort, Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return self.U.shape[0]
@@ -172,7 +172,7 @@ class Cohort:
         Raises `CohortError` where they leave the plan's rules too few rows.
         """
         if self.reduce is not None:
-            return self.reduce(w)
+            return self.reduce(self, w)
         return combine.weighted_sum(self.U, w / w.sum())
 
     @cached_property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -69,8 +68,6 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
     for rule in (*plan.weighers, plan.reducer):
         if rule.needs > len(cohort):
             raise CohortError(f"{rule.kind} '{rule!r}' needs {rule.needs} rows, {len(cohort)} were left")
-    known, cohort = cohort, replace(cohort, reduce=partial(_reduced, plan, cohort))
-    vars(cohort).update({name: value for name, value in vars(known).items() if name not in vars(cohort)})  # distances
     weights = torch.ones(len(cohort), dtype=torch.float64)
     for rule in plan.weighers:
         given = asked(rule, cohort)
@@ -89,7 +86,7 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
         for row, client in zip(rows, cohort.client, strict=True)
         if (held := _trust(rule, memory, client)) is not None
     }
-    direction = _reduced(plan, cohort, weights)
+    direction = reduced(plan, cohort, weights)
     if direction.shape != state.theta.shape:
         raise CohortError(f"reducer '{plan.reducer!r}' gave shape {tuple(direction.shape)}, not (P,)")
     norm = math.sqrt(distance.sq_norm(direction))
@@ -105,7 +102,7 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
     )
 
 
-def _reduced(plan: Plan, cohort: Cohort, weights: Tensor) -> Tensor:
+def reduced(plan: Plan, cohort: Cohort, weights: Tensor) -> Tensor:
     """The plan's mixers and reducer on rows of these weights."""
     mixed = cohort.U
     for place, rule in enumerate(plan.mixers):

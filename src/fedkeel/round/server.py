@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fedkeel.core.registry import Rule
 from fedkeel.core.types import Claims, ClientRow, Cohort, Door, Referee, Refusal, RoundReport, ServerState, Update
 from fedkeel.kernels import distance
 from fedkeel.round import wire
-from fedkeel.round.aggregate import Outcome, aggregate, sum_of
+from fedkeel.round.aggregate import Outcome, aggregate, reduced, sum_of
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
@@ -276,6 +277,7 @@ class Server:
             tuple(c.labels if len(c.labels) == self.plan.label_classes else () for c in claims),
             self._key.fold("cohort", self.state.round),
             self._referee,
+            partial(reduced, self.plan),
         )
 
     def _step(self, outcome: Outcome) -> None:
