@@ -68,7 +68,12 @@ def running(tmp_path: Path, backend: str, at: int, pause: float) -> Iterator[sub
 
 def job(backend: str) -> fedkeel.Job:
     values, backend = (KEPT, "traced") if backend == "kept" else (JOB, backend)
-    return fedkeel.Job(**{**values, "train": {"backend": backend, "batch_size": 8, "workers": 2}})
+    train = {"backend": backend, "batch_size": 8, "workers": 2}
+    if values is JOB:
+        train |= {"corrections": ("scaffold", "adaptive_fedprox(mu=0.1)"), "optimiser": "sgd(momentum=0.5)"}
+    if backend == "native":
+        train["corrections"] = ("scaffold",)  # a dial has no compiled kernel
+    return fedkeel.Job(**{**values, "train": train})
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.func import vmap
-from train_cases import CASES, data_of, module_of, tasks_of, work_of
+from train_cases import CASES, compiled, data_of, module_of, tasks_of, work_of
 
 from fedkeel.core.layout import Layout
-from fedkeel.core.registry import Rule, build, definition, names, rule
+from fedkeel.core.registry import Rule, build, definition, names, parse, rule
 from fedkeel.train import make_trainer
 
-PARAMETERS: dict[str, dict[str, float]] = {"l2": {"coef": 0.3}}
+PARAMETERS: dict[str, dict[str, float]] = {"l2": {"coef": 0.3}, "fedprox": {"mu": 0.2}, "feddyn": {"alpha": 0.2}}
 RULES = [build("correction", name, **PARAMETERS.get(name, {})) for name in names("correction")]
 
 
@@ -34,9 +37,12 @@ def clip(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Tensor
 def arguments(rule: Rule, *rows: int) -> list[Tensor | None]:
     generator = torch.Generator().manual_seed(1)
     found: list[Tensor | None] = [torch.randn(*rows, 17, generator=generator) for _ in range(5)]
-    for position, trait in ((3, "memory"), (4, "control")):
-        if trait not in rule.definition.traits:
-            found[position] = None
+    if not rule.reads("memory"):
+        found[3] = None
+    if rule.reads("dial"):
+        found[4] = torch.rand(*rows, len(rule.init()), generator=generator)
+    elif not rule.reads("control"):
+        found[4] = None
     return found
 
 
@@ -66,7 +72,8 @@ def test_elementwise_means_column_by_column(correction: Rule) -> None:
     given = arguments(correction)
     whole = correction(*given)
     for j in range(17):
-        torch.testing.assert_close(whole[j : j + 1], correction(*(a if a is None else a[j : j + 1] for a in given)))
+        column = [a if a is None or len(a) != 17 else a[j : j + 1] for a in given]
+        torch.testing.assert_close(whole[j : j + 1], correction(*column))
 
 
 def test_l2_is_the_gradient_of_half_the_squared_norm() -> None:
@@ -117,3 +124,40 @@ def test_every_backend_corrects_as_the_formula_says(name: str, chain: tuple[str,
                 g = r(g, vector[T], start0[T], c_i[T] if uses else None, c[T] if uses else None)
             vector[T] -= work.lr * g
         torch.testing.assert_close(found[task.client], (vector - start0)[layout.shared], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["traced", "rows", pytest.param("native", marks=compiled)])
+@pytest.mark.parametrize("optimiser", ["sgd", "sgd(momentum=0.9)", "adam(eps=0.01)"])
+@pytest.mark.parametrize(
+    "chain",
+    [("scaffold",), ("fedcm",), ("feddyn", "l2"), ("fedprox", "scaffold"), ("adaptive_fedprox", "fedcm")],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["mlp", "private"])
+def test_every_backend_equals_the_loop_whatever_the_method(
+    name: str, chain: tuple[str, ...], optimiser: str, backend: str
+) -> None:
+    """With vectors at client and server as they are in the middle of a run; several workers pass them on."""
+    if backend == "native" and "adaptive_fedprox" in chain:
+        pytest.skip("a dial is broadcast, which has no compiled kernel")
+    case = CASES[name]
+    rules = [build("correction", r, **PARAMETERS.get(r, {})) for r in chain]
+    module, data = module_of(case), data_of(case)
+    layout = Layout.of(module, case.private)
+    work = replace(work_of(case, *rules), optimiser=parse("optimiser", optimiser))
+    theta = layout.flatten(module)[layout.shared]
+    control = {r: torch.linspace(-0.1, 0.1, layout.columns) for r in chain}
+    control["adaptive_fedprox"] = torch.tensor([0.4, 7.0, 7.0])
+    tasks = tasks_of(data, layout, chain)
+
+    def deltas(backend: str, workers: int) -> dict[int, Tensor]:
+        with closing(make_trainer(backend, module, layout, data, work, workers=workers)) as trainer:
+            return {t.client: t.delta.clone() for t in trainer.train(theta, tasks, control)}
+
+    expected, found = deltas("loop", 1), deltas(backend, 2)
+    for client, delta in expected.items():
+        torch.testing.assert_close(found[client], delta, rtol=1e-3, atol=2e-6)
+    without = replace(work, corrections=())
+    with closing(make_trainer("loop", module, layout, data, without, workers=1)) as trainer:
+        plain = {t.client: t.delta.clone() for t in trainer.train(theta, tasks, control)}
+    assert all(not torch.allclose(plain[c], expected[c], rtol=1e-2) for c in plain)

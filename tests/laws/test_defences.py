@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedkeel.core.errors import CohortError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
 from fedkeel.core.types import ServerState
@@ -262,3 +263,21 @@ def test_a_row_that_is_not_finite_spoils_its_bucket_alone(bad: float) -> None:
     U[3] = bad
     V, _ = build("mixer", "bucketing", size=2)(U, ones(10), KEY)
     assert int(torch.isfinite(V).all(1).sum()) == 4
+
+
+def test_fednova_is_normalised_averaging_with_tau_eff() -> None:
+    """Wang et al. 2020, equation 10, on the parameters; buffers are averaged as they are."""
+    U, tau, w = (
+        random_rows(4, 6),
+        torch.tensor([1.0, 4.0, 9.0, 0.0], dtype=torch.float64),
+        torch.tensor([2.0, 1.0, 1.0, 0.0]).double(),
+    )
+    V, v = build("mixer", "fednova")(U, w, KEY, tau, slice(0, 4))
+    p = (w / w.sum())[:3]
+    wanted = (p @ tau[:3]) * ((p / tau[:3]) @ U[:3, :4].double())
+    torch.testing.assert_close(v @ V.double()[:, :4] / v.sum(), wanted)
+    torch.testing.assert_close(V[:3, 4:], U[:3, 4:])
+    same, _ = build("mixer", "fednova")(U, w, KEY, torch.full((4,), 7.0), slice(0, 4))
+    assert same is U
+    with pytest.raises(CohortError, match="row of 0 steps"):
+        build("mixer", "fednova")(U, torch.ones(4, dtype=torch.float64), KEY, tau, slice(0, 4))

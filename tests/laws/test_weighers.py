@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedkeel.core.errors import CohortError, InputError
-from fedkeel.core.registry import build
+from fedkeel.core.registry import build, parse
 from fedkeel.core.types import ServerState
 from fedkeel.testing import cohort, rows
 
@@ -112,3 +112,11 @@ def test_claimed_examples_are_capped() -> None:
     free[0] = 7
     assert float(members.num_examples[0]) == 10
     assert build("weigher", "equal")(members, STATE).tolist() == [1, 1, 1, 1]
+
+
+def test_device_share_splits_a_groups_share_among_those_who_came() -> None:
+    given = replace(cohort(rows(5, 3)), client=("phone-1", "watch-1", "phone-2", "phone-3", "toaster"))
+    w = parse("weigher", "device_share(shares={'phone-*': 0.6, 'watch-*': 0.4})")(given, ServerState(torch.zeros(3)))
+    torch.testing.assert_close(w, torch.tensor([0.2, 0.4, 0.2, 0.2, 0.0], dtype=torch.float64))
+    with pytest.raises(InputError, match="shares"):
+        parse("weigher", "device_share(shares={'phone-*': -1.0})")

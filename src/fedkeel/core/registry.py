@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -31,10 +32,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "check": ("(update, door) -> reason or None", "fedkeel.rules.check"),
     "screen": ("(cohort, state) -> {row: (reason, score)}", "fedkeel.rules.screen"),
     "weigher": ("(cohort, state) -> (n,)", "fedkeel.rules.weigh"),
-    "mixer": ("(U, w, key) -> (U, w)", "fedkeel.rules.mix"),
+    "mixer": ("(U, w, key) -> (U, w); with trait by_steps (U, w, key, tau, params)", "fedkeel.rules.mix"),
     "reducer": ("(U, w) -> (P,)", "fedkeel.rules.reduce"),
     "contribution": ("(cohort, w, state) -> (n,)", "fedkeel.rules.contribution"),
-    "server_optimiser": ("(theta, d, s) -> (theta, s)", "fedkeel.rules.server_opt"),
+    "server_optimiser": ("(theta, d, s, share) -> (theta, s)", "fedkeel.rules.server_opt"),
     "attack": ("(U, bad, keys) -> rows (f, P), with trait rows; or on claims, data", "fedkeel.rules.attack"),
     "scheduler": ("(view) -> decision", "fedkeel.rules.schedule"),
     "source": ("(key) -> Pool", "fedkeel.sim.sources"),
@@ -55,7 +56,7 @@ class Definition:
     `needs(**parameters) -> int` is the least number of rows (for a partition: examples per client) the rule is
     defined for; `leaves(rows, **parameters) -> int` is how many of so many rows it leaves with a weight above 0.
     `init` makes the first state of a stateful rule. `traits` name the laws the rule claims beyond those
-    of its kind.
+    of its kind. `hooks` are the other functions that a kind may ask for; they take the rule's parameters as well.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Definition:
     leaves: Callable[..., int] | None
     init: Callable[..., Any] | None
     traits: frozenset[str]
+    hooks: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def doc(self) -> str:
@@ -111,6 +113,15 @@ class Rule:
         """The first state of a stateful rule; an empty state for a stateless one."""
         return {} if self.definition.init is None else self.definition.init(*args, **self.parameters)
 
+    def reads(self, trait: str) -> bool:
+        """Whether a correction is called with what the trait names; with a shift it is not, as the shift tells it."""
+        return trait in self.definition.traits and "shift" not in self.definition.hooks
+
+    def hook(self, name: str) -> Callable[..., Any] | None:
+        """One of the rule's other functions, its parameters bound; None where it has none of that name."""
+        found = self.definition.hooks.get(name)
+        return None if found is None else partial(found, **self.parameters)
+
     def __call__(self, *args: Any) -> Any:
         return self.definition.function(*args, **self.parameters)
 
@@ -135,6 +146,7 @@ def rule(
     leaves: Callable[..., int] | None = None,
     init: Callable[..., Any] | None = None,
     traits: tuple[str, ...] = (),
+    hooks: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as a rule of `kind`, under its own name or `name`.
 
@@ -164,7 +176,7 @@ def rule(
                 f"attack '{label}' must have one trait of 'rows', 'claims', 'data': what it acts on"
             )
         _rules[kind][label] = Definition(
-            kind, label, function, parameters, hints, needs, leaves, init, frozenset(traits)
+            kind, label, function, parameters, hints, needs, leaves, init, frozenset(traits), dict(hooks or {})
         )
         return function
 

@@ -130,6 +130,21 @@ class Referee(Protocol):
         """What a client with these examples would send, (P,): the job's own local work."""
 
 
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """What a round that was applied tells the corrections about it.
+
+    direction (P,): the aggregate. share: of all clients, those whose updates made it. loss: the median of the training
+    losses that they claim, NaN if none does. `per_step()` (P,): the aggregate of -delta / (tau * lr), tau the plain SGD
+    steps that a client's are worth: the mean step that the clients went, as a gradient; zero for buffers.
+    """
+
+    direction: Tensor
+    share: float
+    loss: float
+    per_step: Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class Cohort:
     """Admitted rows only, in the order in which the clients were selected.
@@ -137,7 +152,8 @@ class Cohort:
     U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of all columns.
     `params` are the columns of U that are parameters (the rest are buffers), `layers` those of each tensor. `key` is
     the round's own: what a rule draws comes from it. `referee` is there for rules with the trait "server_data";
-    `reduce` is what the plan's mixers and reducer make of a cohort and weights (n,).
+    `reduce` is what the plan's mixers and reducer make of a cohort and weights (n,); `worth` says how many plain SGD
+    steps so many local steps (n,) come to.
     """
 
     U: Tensor
@@ -153,6 +169,7 @@ class Cohort:
     key: Key
     referee: Referee | None = None
     reduce: Callable[[Cohort, Tensor], Tensor] | None = None
+    worth: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return self.U.shape[0]
@@ -176,6 +193,11 @@ class Cohort:
         return combine.weighted_sum(self.U, w / w.sum())
 
     @cached_property
+    def tau(self) -> Tensor:
+        """How many plain SGD steps each row's local steps are worth, (n,) float64: |a_i|_1 of FedNova."""
+        return self.steps if self.worth is None else self.worth(self.steps)
+
+    @cached_property
     def sq_distances(self) -> Tensor:
         """Squared distances between rows, (n, n) float64: one Gram matrix for every distance rule. Buffers count."""
         return distance.sq_distances(self.U)
@@ -187,7 +209,8 @@ class ServerState:
 
     `version` counts models (it moves when a round is applied), `round` counts closed rounds (skipped ones included),
     `next_task` numbers the work given out.
-    `opt` and `control` hold vectors (P,); `kept` what stateful screens and weighers keep (rule as written -> name,
+    `opt` holds vectors of the parameter columns, `control` what corrections have sent to the clients: vectors (P,) or
+    dials; `kept` what stateful screens and weighers keep (rule as written -> name,
     mostly a client's -> vector); `trust` and `privacy` JSON values.
     """
 
@@ -268,6 +291,11 @@ class ClientMemory:
         """Replace what a client remembers under these names."""
         if values:
             self._held.setdefault(client, {}).update({k: v.detach().clone() for k, v in values.items()})
+
+    def forget(self, client: str, names: Iterable[str]) -> None:
+        """Let go of what a client remembers under these names, if anything."""
+        for name in names:
+            self._held.get(client, {}).pop(name, None)
 
     def items(self) -> Iterator[tuple[str, str, Tensor]]:
         """(client, name, vector), in a fixed order."""

@@ -102,12 +102,34 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
     )
 
 
-def reduced(plan: Plan, cohort: Cohort, weights: Tensor) -> Tensor:
-    """The plan's mixers and reducer on rows of these weights."""
+def reduced(plan: Plan, cohort: Cohort, weights: Tensor, *, by_steps: bool = True) -> Tensor:
+    """The plan's mixers and reducer on rows of these weights; without the mixers that go `by_steps`, if so asked."""
     mixed = cohort.U
     for place, rule in enumerate(plan.mixers):
-        mixed, weights = rule(mixed, weights, cohort.key.fold("mix", place))
+        told = (cohort.tau, cohort.params) if "by_steps" in rule.definition.traits else ()
+        if by_steps or not told:
+            mixed, weights = rule(mixed, weights, cohort.key.fold("mix", place), *told)
     found: Tensor = plan.reducer(mixed, weights)
+    return found
+
+
+def per_step_(plan: Plan, used: Used, direction: Tensor, lr: float) -> Tensor:
+    """The aggregate (P,) of the rows, each divided by -tau * lr: the mean step as a gradient; zero for buffers.
+
+    Rows are divided in place, unless all tau are equal: nobody may want them afterwards. Raises `CohortError` where
+    the steps of a row that counts are 0.
+    """
+    cohort, counts = used.cohort, used.weights > 0
+    tau = cohort.tau[counts]
+    if not bool((tau > 0).all()):
+        raise CohortError("an update of 0 steps says nothing of a step: put the check 'claims' before it")
+    if bool((tau == tau[0]).all()):
+        found = direction / float(-tau[0] * lr)
+    else:
+        for row in torch.nonzero(counts).flatten().tolist():
+            cohort.U[row] /= float(-cohort.tau[row] * lr)
+        found = reduced(plan, cohort, used.weights, by_steps=False)
+    found[cohort.params.stop :] = 0
     return found
 
 

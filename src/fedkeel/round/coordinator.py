@@ -16,7 +16,8 @@ from fedkeel.round.server import Server
 class Train:
     """Have the client train from the model version; its answer carries the task. `deadline` in seconds, or None.
 
-    Rounds count from 1.
+    Rounds count from 1. `settled` is the latest of its tasks whose update was used: what its corrections made of that
+    one is what they keep (`device.recall`).
     """
 
     client: str
@@ -24,6 +25,7 @@ class Train:
     round: int
     version: int
     deadline: float | None
+    settled: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,8 @@ class Coordinator:
         for client in chosen:
             task = self.server.give(client)
             self._in_flight[client] = task
-            commands.append(Train(client, task, number, state.version, deadline))
+            settled = self.server.settled(client)
+            commands.append(Train(client, task, number, state.version, deadline, settled))
         self._started += len(chosen)
         return commands
 

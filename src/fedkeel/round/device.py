@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from fedkeel.round import wire
 from fedkeel.round.plan import Plan
 
 _draw = random.SystemRandom()
+_PENDING = "pending/"
+_TASK = _PENDING + "task"
 
 
 def label_shares(client: str, counts: Tensor, noise: float, memory: ClientMemory) -> tuple[float, ...]:
@@ -34,6 +36,39 @@ def label_shares(client: str, counts: Tensor, noise: float, memory: ClientMemory
     if not 0 < len(counts) <= wire.MAX_LABELS or not float(told.sum()) > 0:
         return ()
     return tuple((told / told.sum()).tolist())
+
+
+def recall(client: str, settled: int | None, memory: ClientMemory) -> None:
+    """Settle what the client's last task left pending: keep it if its update was used, else let go of it.
+
+    Client and server stay of one mind so: a control variate that moved on the client moves at the server as well.
+    """
+    held = memory.of(client)
+    pending = [name for name in held if name.startswith(_PENDING)]
+    if pending and settled is not None and int(held[_TASK]) == settled:
+        memory.keep(client, {name.removeprefix(_PENDING): held[name] for name in pending if name != _TASK})
+    memory.forget(client, pending)
+
+
+def remember(
+    rows: Tensor, claims: Sequence[Claims], memory: ClientMemory, plan: Plan, control: Mapping[str, Tensor]
+) -> None:
+    """What corrections make of the rows (n, P) that are about to be sent: pending until `recall` settles it.
+
+    Of the rows as sent, so that the server, which sees no others, makes the same of them.
+    """
+    afters = {rule.name: after for rule in plan.corrections if (after := rule.hook("after"))}
+    if not afters or plan.work is None:
+        return
+    zero = torch.zeros(rows.shape[1])
+    worth = plan.work.worth(torch.tensor([claim.steps for claim in claims])).tolist()
+    for row, claim, tau in zip(rows, claims, worth, strict=True):
+        held = memory.of(claim.client)
+        made = {
+            _PENDING + name: after(held.get(name, zero), control.get(name, zero), row, tau, plan.work.lr)
+            for name, after in afters.items()
+        }
+        memory.keep(claim.client, {**made, _TASK: torch.tensor(claim.task)})
 
 
 def transform(
@@ -65,8 +100,18 @@ def encode(rows: Tensor, keys: Sequence[Key], claims: Sequence[Claims], plan: Pl
 
 
 def prepare(
-    rows: Tensor, keys: Sequence[Key], claims: Sequence[Claims], memory: ClientMemory, plan: Plan, layout: Layout
+    rows: Tensor,
+    keys: Sequence[Key],
+    claims: Sequence[Claims],
+    memory: ClientMemory,
+    plan: Plan,
+    layout: Layout,
+    control: Mapping[str, Tensor] | None = None,
 ) -> list[bytes]:
-    """Row transforms, codec, envelope for rows (n, P) of the clients that `claims` name."""
-    clients = [c.client for c in claims]
-    return encode(transform(rows, keys, clients, memory, plan, layout), keys, claims, plan)
+    """Row transforms, what corrections keep, codec, envelope for rows (n, P) of the clients that `claims` name.
+
+    `control` is what the server sent to the corrections with the model.
+    """
+    rows = transform(rows, keys, [c.client for c in claims], memory, plan, layout)
+    remember(rows, claims, memory, plan, control or {})
+    return encode(rows, keys, claims, plan)

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.registry import Rule, require_once
+from fedkeel.core.work import LocalWork
 from fedkeel.round.quarantine import Quarantine
 
 STREAM_ABOVE = 256 * 2**20
@@ -18,7 +19,8 @@ class Plan:
     """select, [device: transforms, codec, zstd], checks, screens, weighers, mixers, reducer, optimiser.
 
     `cohort` clients are selected a round. Clients that tell their label shares tell those of `label_classes` classes;
-    0: what they tell is ignored. The constructor refuses combinations that can never close a round.
+    0: what they tell is ignored. `work` is what clients do, where the server needs to know; `population` how many there
+    are in all, at least the cohort. The constructor refuses combinations that can never close a round.
     """
 
     select: Rule
@@ -37,6 +39,8 @@ class Plan:
     quarantine: Quarantine | None = None
     contribution: Rule | None = None
     label_classes: int = 0
+    work: LocalWork | None = None
+    population: int = 0
 
     def __post_init__(self) -> None:
         if self.cohort < 1:
@@ -51,9 +55,23 @@ class Plan:
         require_once([rule.name for rule in self.transforms])
         require_once([repr(r) for r in (*self.screens, *self.weighers) if r.definition.init is not None])
         self._check_what_is_left()
+        self._check_partners()
         quorum = self.schedule.parameters.get("quorum", 1)
         if quorum > self.cohort:
             raise InputError(f"schedule quorum = {quorum} is above select.cohort = {self.cohort}: no round could close")
+
+    def _check_partners(self) -> None:
+        """Refuse half of a method that has a client's and a server's half, and by_steps mixers out of their place."""
+        halves = [rule for rule in (*self.corrections, self.optimiser) if "partner" in rule.definition.traits]
+        for rule in halves:
+            others = [o for o in halves if o.kind != rule.kind]
+            if [(o.name, o.parameters) for o in others] != [(rule.name, rule.parameters)]:
+                key = "server.optimiser" if rule.kind == "correction" else "train.corrections"
+                raise InputError(f"{rule.kind} '{rule!r}' is half of a method: name '{rule!r}' under {key} as well")
+        by_steps = ["by_steps" in mixer.definition.traits for mixer in self.mixers]
+        if by_steps != sorted(by_steps, reverse=True):
+            late = self.mixers[by_steps.index(True, by_steps.index(False))]
+            raise InputError(f"mixer '{late!r}' goes by the steps of each client: name it first in aggregate.mix")
 
     def _check_what_is_left(self) -> None:
         """Refuse a rule that needs more rows than those before it leave."""
@@ -76,6 +94,11 @@ class Plan:
             take(rule, screened)
         for rule in (*self.mixers, self.reducer):
             take(rule, left)
+
+    @property
+    def corrections(self) -> tuple[Rule, ...]:
+        """What changes the clients' gradients."""
+        return () if self.work is None else self.work.corrections
 
     @cached_property
     def least(self) -> int:
@@ -110,6 +133,7 @@ class Plan:
         stages: list[tuple[str, tuple[object, ...]]] = [
             ("select", (f"{self.cohort} by {self.select!r}",)),
             ("schedule", (self.schedule,)),
+            ("train", (self.work.optimiser, *self.corrections) if self.work and self.corrections else ()),
             ("transform", self.transforms),
             ("encode", (codec,)),
             ("check", self.checks),

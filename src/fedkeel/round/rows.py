@@ -57,34 +57,38 @@ class RowSum:
     """The same door for a streaming mean: rows are added in the order of their tasks.
 
     A row waits only while an earlier task is still open, so rows that come in order need no memory but the sum
-    (P,), float64.
+    (P,), float64. `scaled` (P,) is the sum of the same rows, each also times a factor of its own, where one is wanted.
     """
 
-    def __init__(self, columns: int) -> None:
+    def __init__(self, columns: int, *, scaled: bool = False) -> None:
         self.columns = columns
         self.total = torch.zeros(columns, dtype=torch.float64)
+        self.scaled = torch.zeros(columns if scaled else 0, dtype=torch.float64)
         self._spare = torch.empty(columns)
         self._free: list[Tensor] = []
-        self._waiting: list[tuple[int, float, Tensor]] = []
+        self._waiting: list[tuple[int, float, float, Tensor]] = []
 
     def slot(self, task: int) -> Tensor:
         return self._spare
 
-    def admit(self, task: int, weight: float) -> None:
-        bisect.insort(self._waiting, (task, weight, self._spare), key=lambda item: item[0])
+    def admit(self, task: int, weight: float, factor: float = 1.0) -> None:
+        bisect.insort(self._waiting, (task, weight, factor, self._spare), key=lambda item: item[0])
         self._spare = self._free.pop() if self._free else torch.empty(self.columns)
 
     def fold(self, first_open: float) -> None:
         """Add the rows whose tasks come before `first_open`, the earliest task that may still be answered."""
         ready = bisect.bisect_left(self._waiting, first_open, key=lambda item: item[0])
-        for _, weight, row in self._waiting[:ready]:
+        for _, weight, factor, row in self._waiting[:ready]:
             self.total.add_(row, alpha=weight)
+            if len(self.scaled):
+                self.scaled.add_(row, alpha=weight * factor)
             self._free.append(row)
         del self._waiting[:ready]
 
     def clear(self) -> None:
         self.total.zero_()
-        self._free.extend(row for _, _, row in self._waiting)
+        self.scaled.zero_()
+        self._free.extend(row for *_, row in self._waiting)
         self._waiting.clear()
 
 

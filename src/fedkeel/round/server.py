@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -15,10 +16,21 @@ from fedkeel.core.errors import CohortError, DecodeError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
-from fedkeel.core.types import Claims, ClientRow, Cohort, Door, Referee, Refusal, RoundReport, ServerState, Update
+from fedkeel.core.types import (
+    Claims,
+    ClientRow,
+    Closed,
+    Cohort,
+    Door,
+    Referee,
+    Refusal,
+    RoundReport,
+    ServerState,
+    Update,
+)
 from fedkeel.kernels import distance
 from fedkeel.round import wire
-from fedkeel.round.aggregate import Outcome, aggregate, reduced, sum_of
+from fedkeel.round.aggregate import Outcome, aggregate, per_step_, reduced, sum_of
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
@@ -53,14 +65,16 @@ class Server:
         self._layers = tuple(part for e in layout.entries if e.kind != "private" for part in layout.slices(e.name))
         self._key = key
         self.layout = layout
-        self.state = state.replace(opt=state.opt or plan.optimiser.init(state.theta[layout.params]))
+        opt = state.opt or plan.optimiser.init(state.theta[layout.params])
+        self.state = state.replace(opt=opt, control=state.control or _first_control(plan, layout))
         self._codec, self._codec_name = plan.codec(), repr(plan.codec)
         self._header_checks = [c for c in plan.checks if "header" in c.definition.traits]
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
         columns = layout.columns
         self._streams = plan.streams(columns)
         self._store = RowStore(columns, 0 if self._streams else plan.cohort, state.next_task)
-        self._sum = RowSum(columns if self._streams else 0)
+        self._told = [rule for rule in plan.corrections if rule.hook("control")]
+        self._sum = RowSum(columns if self._streams else 0, scaled=bool(self._told))
         self._outstanding: dict[str, int] = {}
         self._versions: dict[str, int] = {}
         self._answered: set[int] = set()
@@ -71,11 +85,22 @@ class Server:
         self._book = Book(plan.quarantine, state.trust.get("offences", {}))
         self._left_out: dict[str, Refusal] = {}
         self._asked: set[str] = set()
+        self._lr = plan.work.lr if plan.work else 1.0
 
     def snapshot(self) -> ServerState:
         """The state to checkpoint. Work that is outstanding is not in it: a resumed round gives it out again."""
         trust = {"last_payload": dict(self._last_payload), "offences": self._book.to_json()}
         return self.state.replace(trust={**self.state.trust, **trust})
+
+    @property
+    def bytes_down(self) -> int:
+        """What a client is sent to begin with: the model and what corrections take from the server, as float32."""
+        return 4 * (self.layout.columns + sum(c.numel() for c in self.state.control.values()))
+
+    def settled(self, client: str) -> int | None:
+        """The latest of the client's tasks whose update was used, as far as corrections need to know."""
+        found: int | None = self.state.trust.get("used", {}).get(client)
+        return found
 
     # -- the door
 
@@ -180,7 +205,8 @@ class Server:
             assert update.delta is not None
             alone = self._cohort(update.delta[None], [admitted])
             admitted.weight = math.prod(float(w(alone, self.state)[0]) for w in self.plan.weighers)
-            self._sum.admit(task, admitted.weight)
+            tau = float(alone.tau[0]) if self._told else 0.0
+            self._sum.admit(task, admitted.weight, -1 / (tau * self._lr) if tau else math.nan)
         else:
             self._store.admit(task)
         self._admitted.append(admitted)
@@ -211,17 +237,19 @@ class Server:
         """
         self._admitted.sort(key=lambda a: a.task)
         refused: dict[int, Refusal] = {}
-        outcome, worth = Outcome(), {}
+        outcome, worth, before = Outcome(), {}, self.state
         if skip is None:
             try:
                 outcome = self._reduce(refused)
-                before = self.state
                 self._step(outcome)
                 worth = self._contributions(outcome, before)
+                self._tell(outcome)
             except CohortError as error:
                 skip = str(error)
             except Exception as error:  # a user's rule, perhaps provoked by a row: the round is lost, not the run
                 skip = f"a rule raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if skip is not None:
+                self.state = before
         report = RoundReport(
             self.state.round + 1,
             self.state.version,
@@ -278,17 +306,51 @@ class Server:
             self._key.fold("cohort", self.state.round),
             self._referee,
             partial(reduced, self.plan),
+            self.plan.work.worth if self.plan.work else None,
         )
 
     def _step(self, outcome: Outcome) -> None:
         """Move the model: the optimiser on parameters, buffers by plain addition."""
         params, state, direction = self.layout.params, self.state, outcome.direction
-        theta, opt = self.plan.optimiser(state.theta[params], direction[params], state.opt)
+        theta, opt = self.plan.optimiser(state.theta[params], direction[params], state.opt, self._share(outcome))
         if params.stop < direction.numel():
             theta = torch.cat([theta, state.theta[params.stop :] + direction[params.stop :]])
         if not math.isfinite(distance.sq_norm(theta)):
             raise CohortError("the aggregate is not finite")
         self.state = state.replace(theta=theta, opt=opt, kept=outcome.kept, version=state.version + 1)
+
+    def _share(self, outcome: Outcome) -> float:
+        """Of all clients, those whose updates were used."""
+        used = sum(weight > 0 for weight in outcome.weights.values())
+        return min(1.0, used / max(self.plan.population, self.plan.cohort))
+
+    def _tell(self, outcome: Outcome) -> None:
+        """What corrections send from now on, and whose update was used. Spoils the rows: the last of a round."""
+        used = [self._admitted[row].update.claims for row, weight in outcome.weights.items() if weight > 0]
+        if any(rule.hook("after") for rule in self.plan.corrections):
+            settled = {**self.state.trust.get("used", {}), **{claims.client: claims.task for claims in used}}
+            self.state = self.state.replace(trust={**self.state.trust, "used": settled})
+        if not self._told:
+            return
+        losses = [claims.metrics["loss"] for claims in used if "loss" in claims.metrics]
+        loss = statistics.median(losses) if losses else math.nan
+        closed = Closed(outcome.direction, self._share(outcome), loss, cache(lambda: self._per_step(outcome)))
+        control = dict(self.state.control)
+        for rule in self._told:
+            hook = rule.hook("control")
+            assert hook is not None
+            control[rule.name] = hook(control[rule.name], closed)
+            if "dial" not in rule.definition.traits and not math.isfinite(distance.sq_norm(control[rule.name])):
+                raise CohortError(f"what correction '{rule!r}' would send is not finite")
+        self.state = self.state.replace(control=control)
+
+    def _per_step(self, outcome: Outcome) -> Tensor:
+        if outcome.used is not None:
+            return per_step_(self.plan, outcome.used, outcome.direction, self._lr)
+        weights = torch.tensor([a.weight for a in self._admitted], dtype=torch.float64)
+        found = (self._sum.scaled / sum_of(weights)).to(torch.float32)
+        found[self.layout.params.stop :] = 0
+        return found
 
     def _contributions(self, outcome: Outcome, before: ServerState) -> dict[int, float]:
         """What each row was worth, where the plan asks for it; a rule that fails costs its figures alone."""
@@ -340,6 +402,17 @@ class Server:
         self._answered.clear()
         self._store.clear(self.state.next_task)
         self._sum.clear()
+
+
+def _first_control(plan: Plan, layout: Layout) -> dict[str, Tensor]:
+    """What corrections send in the first round: zero vectors (P,), and dials as they say."""
+    found = {}
+    for rule in plan.corrections:
+        if "dial" in rule.definition.traits:
+            found[rule.name] = rule.init()
+        elif "control" in rule.definition.traits:
+            found[rule.name] = torch.zeros(layout.columns)
+    return found
 
 
 def _described(update: Update) -> ClientRow:

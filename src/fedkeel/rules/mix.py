@@ -2,7 +2,9 @@
 
 V has m <= n rows, v their weights. A row of weight 0 has no influence, and need not be among V. Whatever a mixer draws
 comes from the key, which is the round's own. Inputs are left as they are; V may be U itself where nothing is changed.
-Trait "keeps_mean": the weighted mean of V by v is that of U by w.
+Trait "keeps_mean": the weighted mean of V by v is that of U by w. Trait "by_steps": the rows must still be clients'
+own, and it is called with (U, w, key, tau (n,), params) as well: how many plain SGD steps each row is worth, and which
+columns are parameters.
 """
 
 from __future__ import annotations
@@ -109,6 +111,29 @@ def arc(U: Tensor, w: Tensor, key: Key, *, f: Hostile) -> tuple[Tensor, Tensor]:
     cut = 2 * f * (len(rows) - f) // len(rows)
     limit = float(lengths.sort(descending=True).values[cut])
     return _capped(U, rows, lengths, limit), w
+
+
+@rule("mixer", traits=("by_steps",))
+def fednova(U: Tensor, w: Tensor, key: Key, tau: Tensor, params: slice) -> tuple[Tensor, Tensor]:
+    """Normalised averaging: row i times tau_eff / tau_i, tau_eff the mean of the tau_i, weighted as the rows are.
+
+    FedNova (Wang et al. 2020, section 4) for the mean: clients that take more steps pull no harder, and the model moves
+    as far as before. tau_i is |a_i|_1: the steps, for plain SGD; of momentum and a proximal term what they make of
+    them. Buffers stay as they are. A client that claims fewer steps than it took counts for more: put a screen
+    on norms before it, or norm_cap after it. Holds a second matrix (n, P) unless all tau_i are equal. Raises
+    `CohortError` where a row's steps are 0.
+    """
+    rows = _used(w, 1, "fednova")
+    worth, shares = tau[rows].double().cpu(), w[rows].double().cpu()
+    if not bool((worth > 0).all()):
+        raise CohortError("fednova met a row of 0 steps: put the check 'claims' before it")
+    factors = (shares @ worth) / shares.sum() / worth
+    if bool((factors == factors[0]).all()):
+        return U, w
+    V = U.clone()
+    for row, factor in zip(rows, factors.tolist(), strict=True):
+        V[row, params] *= factor
+    return V, w
 
 
 def _used(w: Tensor, needed: int, name: str) -> list[int]:

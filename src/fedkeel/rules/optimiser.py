@@ -4,6 +4,7 @@ theta, g (..., k): some columns of the local model, for one client or several as
 `slots` are what the rule keeps of those columns from step to step, tensors like theta that `init` names the first value
 of: they start afresh in every round, as nothing of them is sent. t, of no dimensions or (..., 1), float64: the number
 of the step, from 1. Column j depends on column j alone, so that backends may step tensor by tensor; g is never changed.
+Trait "linear": what it does to theta is linear in the gradients so far, for slots that start from 0.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _velocity(*, momentum: float, nesterov: bool) -> tuple[float, ...]:
     return (0.0,) if momentum else ()
 
 
-@rule("optimiser", init=_velocity)
+@rule("optimiser", init=_velocity, traits=("linear",))
 def sgd(
     theta: Tensor,
     g: Tensor,

@@ -8,7 +8,9 @@ weigh rows as they come).
 
 from __future__ import annotations
 
+import fnmatch
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -42,6 +44,23 @@ def examples(cohort: Cohort, state: ServerState, *, cap: Annotated[int, Field(ge
 def equal(cohort: Cohort, state: ServerState) -> Tensor:
     """Every row counts the same."""
     return torch.ones(len(cohort), dtype=torch.float64)
+
+
+@rule("weigher")
+def device_share(
+    cohort: Cohort, state: ServerState, *, shares: Mapping[str, Annotated[float, Field(ge=0)]] | None = None
+) -> Tensor:
+    """What share each group of devices has in the population, as the job declares it: `shares={'phone-*': 0.7}`.
+
+    Groups are patterns of client names, the first that fits counts; a group's share is split evenly among those of its
+    clients that are there, so that a group which is selected too rarely weighs what it should (post-stratification).
+    A client of no group is left out. Without shares all rows count the same.
+    """
+    patterns = {"*": 1.0} if shares is None else shares
+    group = [next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None) for name in cohort.client]
+    members = Counter(group)
+    found = [0.0 if p is None else patterns[p] / members[p] for p in group]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @rule("weigher", needs=lambda f: 2 * f + 3, leaves=lambda rows, f: 1)

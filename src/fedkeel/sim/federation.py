@@ -213,6 +213,8 @@ def build_plan(job: Job) -> Plan:
         zstd=job.client.zstd,
         contribution=job.rule("record.contribution", "contribution") if job.record.contribution else None,
         quarantine=None if job.quarantine.limit is None else Quarantine(job.quarantine.limit, job.quarantine.decay),
+        work=build_work(job),
+        population=job.data.clients,
     )
 
 

@@ -121,7 +121,7 @@ class Simulator:
         others still train, and its bytes let go: at most the server's own matrix of rows is held.
         """
         arrival = self._now + ROUND_SECONDS
-        self._sent_down += 4 * self.federation.layout.columns * len(starting)
+        self._sent_down += self.server.bytes_down * len(starting)
         eager = "waits_for_all" in self.federation.plan.schedule.definition.traits
         wanted: list[Command] = []
         started, before = time.perf_counter(), self._seconds.get("aggregate", 0.0)
@@ -164,8 +164,11 @@ class Simulator:
         rows = torch.empty(len(starting) if adversary.crafts_rows else 0, federation.layout.columns)
         slots = {o.client: i for i, o in enumerate(starting)}
         broken = 0
+        for order in starting:
+            device.recall(order.client, order.settled, self.memory)
         tasks = [self._task(o.client, keys[o.client]) for o in starting]
-        for done in self.trainer.train(self.server.state.theta, tasks, self.server.state.control):
+        control = self.server.state.control
+        for done in self.trainer.train(self.server.state.theta, tasks, control):
             order = by_index[done.client]
             if done.failure is not None:
                 broken += done.failure.startswith(RAISED)
@@ -181,19 +184,28 @@ class Simulator:
                 rows[slot], seen[slot] = done.delta, claims
             else:
                 row, key = done.delta[None], keys[order.client]
-                sealed = device.prepare(row, [key], [claims], self.memory, federation.plan, federation.layout)
+                plan, layout = federation.plan, federation.layout
+                sealed = device.prepare(row, [key], [claims], self.memory, plan, layout, control)
                 yield _Outcome(order.client, order.task, sealed[0])
         if adversary.crafts_rows:
             kept = [slot for slot, claims in enumerate(seen) if claims is not None]
             rows = rows if len(kept) == len(rows) else rows[kept]
-            yield from self._crafted(rows, [c for c in seen if c is not None], keys, starting[0].round)
+            yield from self._crafted(rows, [c for c in seen if c is not None], keys, starting[0].round, control)
 
-    def _crafted(self, rows: Tensor, claims: list[Claims], keys: dict[str, Key], round: int) -> Iterator[_Outcome]:
+    def _crafted(
+        self,
+        rows: Tensor,
+        claims: list[Claims],
+        keys: dict[str, Key],
+        round: int,
+        control: Mapping[str, Tensor],
+    ) -> Iterator[_Outcome]:
         """An attacker that sees everyone's rows (n, P): transform them all, replace the hostile ones, and seal."""
         federation = self.federation
         clients = [c.client for c in claims]
         row_keys = [keys[c] for c in clients]
         rows = device.transform(rows, row_keys, clients, self.memory, federation.plan, federation.layout)
+        device.remember(rows, claims, self.memory, federation.plan, control)
         rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
             sealed = device.encode(rows[i : i + 1], [row_keys[i]], [claim], federation.plan)

@@ -18,6 +18,14 @@ def _sizes(rule: Rule) -> list[tuple[int, int]]:
     return [(rule.needs, 1), (rule.needs + 1, 33), (max(rule.needs, 20), 300)]
 
 
+def mixed(rule: Rule, U: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule on rows whose clients all took five steps, if it asks."""
+    steps = torch.full((len(w),), 5.0, dtype=torch.float64)
+    told = (steps, slice(0, U.shape[1])) if "by_steps" in rule.definition.traits else ()
+    found: tuple[Tensor, Tensor] = repeatable(rule, U, w, KEY, *told)
+    return found
+
+
 def _weights(n: int) -> Tensor:
     return torch.linspace(1, 2, n, dtype=torch.float64)
 
@@ -27,7 +35,7 @@ def gives_rows_and_as_many_weights_as_it_declares(rule: Rule) -> None:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for (n, columns), device, dtype in product(_sizes(rule), devices, (torch.float32, torch.float64)):
         U = rows(n, columns).to(device, dtype)
-        V, v = repeatable(rule, U, _weights(n).to(device), KEY)
+        V, v = mixed(rule, U, _weights(n).to(device))
         hold(
             V.ndim == 2 and V.shape[1] == columns and v.shape == (len(V),), f"shapes {tuple(V.shape)}, {tuple(v.shape)}"
         )
@@ -41,7 +49,7 @@ def gives_rows_and_as_many_weights_as_it_declares(rule: Rule) -> None:
 def leaves_rows_alone_that_agree(rule: Rule) -> None:
     for (n, columns), size in product(_sizes(rule), (0.0, 1e-30, 1.0, HUGE)):
         row = rows(1, columns)[0] * size
-        V, _ = rule(row.expand(n, -1), _weights(n), KEY)
+        V, _ = mixed(rule, row.expand(n, -1), _weights(n))
         if "norm" not in rule.parameters or rule.parameters["norm"] is None or size == 0:
             near(V, row.expand(len(V), -1), float(row.abs().max()), f"{n} rows equal", 1e-6)
 
@@ -51,8 +59,8 @@ def keeps_rows_of_weight_zero_out(rule: Rule) -> None:
     for (n, columns), value in product(_sizes(rule), (0.0, HUGE, torch.inf, torch.nan)):
         U, w = rows(n + 2, columns), _weights(n + 2)
         U[[0, n]], w[[0, n]] = value, 0.0
-        V, v = rule(U, w, KEY)
-        W, u = rule(U[w > 0], w[w > 0], KEY)
+        V, v = mixed(rule, U, w)
+        W, u = mixed(rule, U[w > 0], w[w > 0])
         kept = v > 0
         near(v[kept], u[u > 0], float(u.max()), f"weights beside two rows of {value} with weight 0")
         near(V[kept], W[u > 0], float(U[w > 0].abs().max()), f"rows beside two of {value} with weight 0")
@@ -62,7 +70,7 @@ def keeps_rows_of_weight_zero_out(rule: Rule) -> None:
 def makes_no_row_longer_than_the_longest(rule: Rule) -> None:
     for n, columns in _sizes(rule):
         U = rows(n, columns)
-        V, _ = rule(U, _weights(n), KEY)
+        V, _ = mixed(rule, U, _weights(n))
         longest = float(U.double().norm(dim=1).max())
         hold(float(V.double().norm(dim=1).max()) <= longest * (1 + 1e-5), "a row became longer than any was")
 
@@ -72,7 +80,7 @@ def refuses_too_few_rows(rule: Rule) -> None:
     w = _weights(rule.needs + 2)
     w[rule.needs - 1 :] = 0
     try:
-        rule(rows(len(w), 3), w, KEY)
+        mixed(rule, rows(len(w), 3), w)
     except CohortError:
         return
     raise AssertionError(f"it needs {rule.needs} rows, but took {rule.needs - 1} of weight above 0")
@@ -82,6 +90,6 @@ def refuses_too_few_rows(rule: Rule) -> None:
 def keeps_the_weighted_mean(rule: Rule) -> None:
     for n, columns in _sizes(rule):
         U, w = rows(n, columns), _weights(n)
-        V, v = rule(U, w, KEY)
+        V, v = mixed(rule, U, w)
         before, after = (w @ U.double()) / w.sum(), (v @ V.double()) / v.sum()
         near(after, before, float(U.abs().max()), "the weighted mean", 1e-6)

@@ -27,11 +27,19 @@ class Step(Protocol):
     def mode(self) -> AbstractContextManager[None]:
         """The autograd mode that it runs in."""
 
-    def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
-        """A client starts from `vector`; c_i and c of each correction are (T,), or None."""
+    def begin(self, told: Told) -> None:
+        """A client starts from `vector`."""
 
     def steps(self, rows: Tensor) -> Tensor:
         """Step through these rows of the data (n,), a batch at a time; each example's loss before its step, (n,)."""
+
+
+class Told(NamedTuple):
+    """What a client's corrections go by: c_i and c of each, (T,), a dial, or None; and the sum of their shifts (T,)."""
+
+    memory: Sequence[Tensor | None]
+    control: Sequence[Tensor | None]
+    shift: Tensor | None
 
 
 class Outcome(NamedTuple):
@@ -70,20 +78,32 @@ def epoch_order(key: Key, epoch: int, num_examples: int) -> Tensor:
     return torch.randperm(num_examples, generator=key.fold("batches", epoch).torch())
 
 
-def on_trainable(
-    vectors: Mapping[str, Tensor], rules: Sequence[Rule], trait: str, layout: Layout
-) -> list[Tensor | None]:
-    """Per correction, its vector (P,) spread over the trainable columns (T,), zero where unknown or not shared."""
-    found: list[Tensor | None] = []
-    for rule in rules:
-        if trait not in rule.definition.traits:
-            found.append(None)
-            continue
-        spread = torch.zeros(layout.trainable.stop)
+def told(rules: Sequence[Rule], memory: Mapping[str, Tensor], control: Mapping[str, Tensor], layout: Layout) -> Told:
+    """What corrections are told of vectors (P,) under their names: over the trainable columns, 0 where unknown."""
+
+    def spread(vectors: Mapping[str, Tensor], rule: Rule) -> Tensor:
+        found = torch.zeros(layout.trainable.stop)
         if rule.name in vectors:
-            spread[layout.shared.start :] = vectors[rule.name][layout.params]
-        found.append(spread)
-    return found
+            found[layout.shared.start :] = vectors[rule.name][layout.params]
+        return found
+
+    shift: Tensor | None = None
+    for rule in rules:
+        if hook := rule.hook("shift"):
+            one = hook(spread(memory, rule), spread(control, rule))
+            shift = one if shift is None else shift + one
+    return Told(
+        [spread(memory, rule) if rule.reads("memory") else None for rule in rules],
+        [
+            spread(control, rule)
+            if rule.reads("control")
+            else control.get(rule.name, rule.init())
+            if rule.reads("dial")
+            else None
+            for rule in rules
+        ],
+        shift,
+    )
 
 
 def succeeded(losses: Sequence[float]) -> Outcome:
@@ -134,10 +154,7 @@ class Client:
             else:
                 vector[: shared.start] = task.private[: shared.start]
                 vector[shared.stop :] = task.private[shared.start :]
-            self.step.begin(
-                on_trainable(task.memory, work.corrections, "memory", self.layout),
-                on_trainable(control, work.corrections, "control", self.layout),
-            )
+            self.step.begin(told(work.corrections, task.memory, control, self.layout))
             with seeded(task.key.fold("model"), vector.device):
                 return self._epochs(task)
 

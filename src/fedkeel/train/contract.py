@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fedkeel.core.keys import Key
-from fedkeel.core.registry import Rule, build, definition, require_once
+from fedkeel.core.work import LocalWork
+
+__all__ = ["ClientData", "LocalWork", "Prepare", "Scale", "Task", "Tokens", "Trained", "Trainer"]
 
 Prepare = Callable[[Tensor], Tensor]
 
@@ -62,37 +64,6 @@ class ClientData:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalWork:
-    """What every selected client does: steps of `optimiser` on batches drawn without replacement per epoch.
-
-    `corrections` change the gradient of the trainable columns before the step, in order. `stopping` says how many
-    steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example; a
-    batch's loss is their mean.
-    """
-
-    batch_size: int
-    lr: float
-    stopping: Rule
-    loss: Rule
-    corrections: tuple[Rule, ...] = ()
-    optimiser: Rule = field(default_factory=lambda: build("optimiser", "sgd"))
-
-    def __post_init__(self) -> None:
-        self.optimiser.init()  # says now what can not be meant
-        require_once([rule.name for rule in self.corrections if {"memory", "control"} & rule.definition.traits])
-
-    @property
-    def slots(self) -> tuple[float, ...]:
-        """What each of the optimiser's slots starts from."""
-        return tuple(self.optimiser.init())
-
-    @property
-    def plain(self) -> bool:
-        """Whether a step is `theta -= lr * g` and no more."""
-        return self.optimiser.definition is definition("optimiser", "sgd") and not self.slots
-
-
-@dataclass(frozen=True, slots=True)
 class Task:
     """One client's local work in one round.
 
@@ -128,8 +99,8 @@ class Trained:
 class Trainer(Protocol):
     """A backend. `train` yields each task's outcome once, in any order; an outcome depends on its task and theta alone.
 
-    theta (P,): the global shared columns; `control` (correction's name -> (P,)) is what corrections take from the
-    server. Only one `train` may be under way; leaving it early is fine. `name` names this very backend to
+    theta (P,): the global shared columns; `control` (correction's name -> (P,), or its dial) is what corrections take
+    from the server. Only one `train` may be under way; leaving it early is fine. `name` names this very backend to
     `make_trainer`. `train` raises `RunError` when a client's step raises, or a worker dies.
     """
 

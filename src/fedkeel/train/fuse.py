@@ -342,6 +342,11 @@ def optimise(graph: Graph, step: Optimise, clock: int, targets: Sequence[tuple[i
     graph.nodes += steps
 
 
+def shift(graph: Graph, theta: int, by: int, lr: float) -> None:
+    """End a step with theta -= lr * by."""
+    graph.nodes.append(Node(Tensor.add_, (Ref(theta), Ref(by)), {"alpha": -lr}, ()))
+
+
 def reuse_memory(graph: Graph, roots: Sequence[int]) -> None:
     """Write elementwise results over an argument that nobody reads any more."""
     held = {graph.storage(v) for v in (*roots, *graph.inputs, *graph.constants)}

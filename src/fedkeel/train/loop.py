@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkeel.core.layout import Layout
-from fedkeel.train.client import batches
+from fedkeel.train.client import Told, batches
 from fedkeel.train.contract import ClientData, LocalWork
 
 
@@ -33,8 +32,8 @@ class LoopStep:
     def mode(self) -> AbstractContextManager[None]:
         return torch.no_grad()
 
-    def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
-        self.memory, self.control = memory, control
+    def begin(self, told: Told) -> None:
+        self.told = told
         self.theta0 = self.theta.clone()
         self.slots = [torch.full_like(self.theta, value) for value in self.work.slots]
         self.clock = torch.zeros((), dtype=torch.float64, device=self.vector.device)
@@ -53,11 +52,15 @@ class LoopStep:
             tensors = state | {e.name: piece.view(e.shape).to(getattr(torch, e.dtype)) for e, piece in pieces}
             losses: Tensor = self.work.loss(functional_call(self.module, tensors, (x,)), y)
             (g,) = torch.autograd.grad(losses.mean(), leaf)
-        for correct, c_i, c in zip(self.work.corrections, self.memory, self.control, strict=True):
+        for correct, c_i, c in zip(self.work.corrections, self.told.memory, self.told.control, strict=True):
             g = correct(g, self.theta, self.theta0, c_i, c)
+        shift, linear = self.told.shift, self.work.linear
         with torch.no_grad():
             self.clock.add_(1)
-            self.work.optimiser(self.theta, g, self.slots, self.clock, self.work.lr)
+            whole = g if shift is None or not linear else g + shift
+            self.work.optimiser(self.theta, whole, self.slots, self.clock, self.work.lr)
+            if shift is not None and not linear:
+                self.theta.sub_(shift, alpha=self.work.lr)
             for name, (column, _) in self.buffers.items():
                 column.copy_(tensors[name])  # a module may have put a new tensor in the buffer's place
         self.state = {name: tensors[name].detach() for name in self.state}

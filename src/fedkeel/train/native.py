@@ -6,7 +6,7 @@ over classes. The graph is the traced backend's own, recorded from the user's mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedkeel.core.layout import Layout
 from fedkeel.kernels import native
-from fedkeel.train.client import chunk
+from fedkeel.train.client import Told, chunk
 from fedkeel.train.contract import ClientData, LocalWork, Scale
 from fedkeel.train.lower import BASES, LOSSES, ROWS, Lowered, X, Y
 from fedkeel.train.record import NotTraceableError
@@ -49,8 +49,8 @@ class NativeStep:
     def mode(self) -> AbstractContextManager[None]:
         return torch.inference_mode()
 
-    def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
-        self._traced.begin(memory, control)
+    def begin(self, told: Told) -> None:
+        self._traced.begin(told)
 
     def steps(self, rows: Tensor) -> Tensor:
         losses = torch.empty(len(rows))

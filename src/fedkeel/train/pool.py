@@ -104,15 +104,17 @@ class _Arena:
         layout, rules = client.layout, client.work.corrections
         self.columns, self.width = layout.columns, layout.width
         self.memory = [r.name for r in rules if "memory" in r.definition.traits]
-        self.control = [r.name for r in rules if "control" in r.definition.traits]
-        head = self.columns * (1 + len(self.control))
+        sizes = {r.name: self.columns for r in rules if "control" in r.definition.traits}
+        sizes |= {r.name: r.init().numel() for r in rules if "dial" in r.definition.traits}
+        head = self.columns + sum(sizes.values())
         row = self.width + self.columns * len(self.memory)
         slots = max(2 * workers, min(_QUEUED, _ARENA_BYTES // (4 * max(row, 1))))
         # Anonymous: nothing to name, nothing to leak, and no limit of /dev/shm.
         self._map = mmap.mmap(-1, 4 * (head + slots * row))
         whole = torch.frombuffer(self._map, dtype=torch.float32)
         self.theta = whole[: self.columns]
-        self.controls = whole[self.columns : head].view(len(self.control), self.columns)
+        self.controls = dict(zip(sizes, torch.split(whole[self.columns : head], list(sizes.values())), strict=True))
+        self.first = {r.name: r.init() for r in rules if "dial" in r.definition.traits}
         self.rows = whole[head:].view(slots, row)
 
     def put(self, slot: int, task: Task, initial: Tensor) -> None:
@@ -158,8 +160,8 @@ class Pool:
     def _rounds(self, theta: Tensor, tasks: Sequence[Task], control: Mapping[str, Tensor]) -> Iterator[Trained]:
         arena = self._arena or self._start()
         arena.theta.copy_(theta)
-        for vector, name in zip(arena.controls, arena.control, strict=True):
-            vector.copy_(control[name]) if name in control else vector.zero_()
+        for name, vector in arena.controls.items():
+            vector.copy_(control.get(name, arena.first.get(name, torch.zeros(()))))
         waiting = deque(longest_first(self._client, tasks))
         free = deque(range(len(arena.rows)))
         running: dict[int, Task] = {}
@@ -294,8 +296,7 @@ def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
             kind, text, outcome = _DONE, "", Outcome(0, 0.0, None)
             task = arena.task(slot, number, key)
             try:
-                controls = dict(zip(arena.control, arena.controls, strict=True))
-                outcome = client.train(arena.theta, task, controls)
+                outcome = client.train(arena.theta, task, arena.controls)
                 kind, text = (_FAILED, outcome.failure) if outcome.failure else (_DONE, "")
             except Exception as error:
                 outcome = Outcome(0, math.nan, explain(error))

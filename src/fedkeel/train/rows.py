@@ -22,16 +22,17 @@ from fedkeel.core.layout import Layout
 from fedkeel.train.client import (
     CHUNK_BYTES,
     Outcome,
+    Told,
     epoch_order,
     first_failure,
-    on_trainable,
     seeded,
     single_thread,
     succeeded,
+    told,
 )
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trained
 from fedkeel.train.emit import Program, StepFunction
-from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, simplify
+from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
 from fedkeel.train.record import Recorder
 
 
@@ -62,9 +63,11 @@ class Rows:
         columns = {e.name for e in layout.entries}
         self.state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
         self.vectors = {"w": self._matrix(layout.width)}
-        for i, rule in enumerate(work.corrections):
-            for kind in {"memory", "control"} & rule.definition.traits:
-                self.vectors[f"{kind}.{i}"] = self._matrix(layout.trainable.stop)
+        nothing = told(work.corrections, {}, {}, layout)
+        self.dials = {f"dial.{i}": c for i, c in enumerate(nothing.control) if work.corrections[i].reads("dial")}
+        for name, vector in self._named(nothing).items():
+            if name not in self.dials and vector is not None:
+                self.vectors[name] = self._matrix(layout.trainable.stop)
         self.vectors["theta0"] = self._matrix(layout.trainable.stop)
         self.slots = work.slots
         self.vectors |= {f"slot.{i}": self._matrix(layout.trainable.stop) for i in range(len(self.slots))}
@@ -72,6 +75,9 @@ class Rows:
         self.views = {f"{k}/{name}": v for k, m in self.vectors.items() for name, v in self._views(m).items()}
         self.views |= {"clock": self.clock} | {
             f"state/{name}": torch.stack([b] * lanes) for name, b in self.state.items()
+        }
+        self.views |= {
+            name: torch.stack([c] * lanes).to(self.device) for name, c in self.dials.items() if c is not None
         }
         self.step: StepFunction = self._record().bind(self.views)
 
@@ -98,6 +104,13 @@ class Rows:
                     lanes[at] = None
             if all(lane is not None or not waiting for lane in lanes) and any(lanes):
                 self._advance(lanes)
+
+    def _named(self, given: Told) -> dict[str, Tensor | None]:
+        """What the corrections are told, by the names of its lanes."""
+        rules = self.work.corrections
+        found = {f"memory.{i}": c_i for i, c_i in enumerate(given.memory)}
+        found |= {f"{'dial' if rules[i].reads('dial') else 'control'}.{i}": c for i, c in enumerate(given.control)}
+        return found | {"shift": given.shift}
 
     def _matrix(self, width: int) -> Tensor:
         """Room for `width` columns of every lane: tensor by tensor, so that each is contiguous over the lanes."""
@@ -128,10 +141,11 @@ class Rows:
                 start[shared.stop :] = task.private[shared.start :]
             self._put("w", at, start)
             self._put("theta0", at, start[layout.trainable])
-            for kind, given in (("memory", task.memory), ("control", control)):
-                for i, vector in enumerate(on_trainable(given, rules, kind, layout)):
-                    if vector is not None:
-                        self._put(f"{kind}.{i}", at, vector)
+            for name, vector in self._named(told(rules, task.memory, control, layout)).items():
+                if name in self.dials and vector is not None:
+                    self.views[name][at].copy_(vector)
+                elif vector is not None:
+                    self._put(name, at, vector)
             for name, value in self.state.items():
                 self.views[f"state/{name}"][at].copy_(value)
             self.clock[at] = 0
@@ -253,6 +267,9 @@ class Rows:
             slots = [[recorder.value(inputs[f"slot.{i}/{n}"]) for i in range(len(self.slots))] for n in trained]
             step, clock = Optimise(self.work.optimiser, self.work.lr), recorder.value(inputs["clock"])
             optimise(graph, step, clock, list(zip(parameters, roots[1:], slots, strict=True)))
+        for name, parameter in zip(trained, parameters, strict=True):
+            if f"shift/{name}" in inputs and not self.work.linear:
+                shift(graph, parameter, recorder.value(inputs[f"shift/{name}"]), self.work.lr)
         reuse_memory(graph, [roots[0]])
         return Program(graph, roots[0], ("x", "y", "weight"))
 
@@ -270,6 +287,10 @@ class Rows:
 
         g = torch.cat([gradients[name].reshape(self.lanes, -1) for name in trained], -1)
         for i, rule in enumerate(self.work.corrections):
-            g = rule(g, flat("w"), flat("theta0"), flat(f"memory.{i}"), flat(f"control.{i}"))
+            c = inputs[f"dial.{i}"] if rule.reads("dial") else flat(f"control.{i}")
+            g = rule(g, flat("w"), flat("theta0"), flat(f"memory.{i}"), c)
+        shift = flat("shift")
+        if shift is not None and self.work.linear:
+            g = g + shift
         pieces = torch.split(g, [tensor[0].numel() for tensor in trained.values()], -1)
         return [g.view(tensor.shape) for tensor, g in zip(trained.values(), pieces, strict=True)]

@@ -12,11 +12,11 @@ from torch.func import functional_call
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.train.client import batches, seeded
+from fedkeel.train.client import Told, batches, seeded, told
 from fedkeel.train.contract import ClientData, LocalWork, Prepare
 from fedkeel.train.emit import Program, StepFunction
-from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, simplify
-from fedkeel.train.record import Graph, Recorder
+from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
+from fedkeel.train.record import Graph, Recorder, replace
 
 _ELEMENTWISE = "elementwise"
 
@@ -36,8 +36,8 @@ class TracedStep:
         self.initial_state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
         self.state = {n: b.clone() for n, b in self.initial_state.items()}
         self.theta0 = self.theta.clone() if work.corrections else self.theta
-        self.memory = [self._room(rule.definition.traits, "memory") for rule in work.corrections]
-        self.control = [self._room(rule.definition.traits, "control") for rule in work.corrections]
+        nothing = told(work.corrections, {}, {}, layout)
+        self.told = Told(*(replace(part, lambda t: t.to(device) if isinstance(t, Tensor) else t) for part in nothing))
         self.slots = torch.zeros(len(work.slots), len(self.theta), device=device)
         self.clock = torch.zeros((), dtype=torch.float64, device=device)
         self.arrange = arranger(self.module, data.x, data.prepare)
@@ -50,8 +50,9 @@ class TracedStep:
         recurrent = any(isinstance(part, nn.RNNBase) for part in self.module.modules())
         return torch.enable_grad() if recurrent else torch.inference_mode()
 
-    def begin(self, memory: Sequence[Tensor | None], control: Sequence[Tensor | None]) -> None:
-        for room, given in (*zip(self.memory, memory, strict=True), *zip(self.control, control, strict=True)):
+    def begin(self, told: Told) -> None:
+        pairs = (*zip(self.told.memory, told.memory, strict=True), *zip(self.told.control, told.control, strict=True))
+        for room, given in (*pairs, (self.told.shift, told.shift)):
             if room is not None and given is not None:
                 room.copy_(given)
         if self.work.corrections:
@@ -66,9 +67,6 @@ class TracedStep:
         found = batches(self.data, rows, self.work.batch_size, self.arrange)
         return torch.cat([self._step(len(x))(x, y) for x, y in found])
 
-    def _room(self, traits: frozenset[str], trait: str) -> Tensor | None:
-        return torch.zeros_like(self.theta) if trait in traits else None
-
     def inputs(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, by name, at its fixed address."""
         found = {f"w.{name}": view for name, view in self.layout.views(self.vector).items()}
@@ -78,13 +76,17 @@ class TracedStep:
         found["clock"] = self.clock
         flat = {"theta": self.theta, "theta0": self.theta0}
         flat |= {f"slot.{i}": slot for i, slot in enumerate(self.slots)}
-        for i, (c_i, c) in enumerate(zip(self.memory, self.control, strict=True)):
+        for i, (c_i, c) in enumerate(zip(self.told.memory, self.told.control, strict=True)):
             flat |= {f"{kind}.{i}": t for kind, t in (("memory", c_i), ("control", c)) if t is not None}
+        if self.told.shift is not None:
+            flat["shift"] = self.told.shift
         for name, vector in flat.items():
             found[name] = vector
             for entry in self.layout.entries:
                 if entry.trainable:
-                    found[f"{name}/{entry.name}"] = vector[self.layout.offsets[entry.name]]
+                    columns = self.layout.offsets[entry.name]
+                    # A dial is the same for every tensor.
+                    found[f"{name}/{entry.name}"] = vector[columns] if len(vector) == len(self.theta) else vector
         return found
 
     def _step(self, size: int) -> StepFunction:
@@ -130,12 +132,15 @@ class TracedStep:
         roots = simplify(graph, [recorder.value(losses), *(recorder.value(g) for _, g, _ in targets)])
         if work.plain:
             Updates(graph, work.lr).apply(dict(zip(parameters, roots[1:], strict=True)))
-            return graph, roots[0]
-        slots = [
-            [recorder.value(inputs[f"slot.{i}{suffix}"]) for i in range(len(self.slots))] for _, _, suffix in targets
-        ]
-        step, clock = Optimise(work.optimiser, work.lr), recorder.value(inputs["clock"])
-        optimise(graph, step, clock, list(zip(parameters, roots[1:], slots, strict=True)))
+        else:
+            slots = [
+                [recorder.value(inputs[f"slot.{i}{suffix}"]) for i in range(len(self.slots))]
+                for _, _, suffix in targets
+            ]
+            step, clock = Optimise(work.optimiser, work.lr), recorder.value(inputs["clock"])
+            optimise(graph, step, clock, list(zip(parameters, roots[1:], slots, strict=True)))
+        if "shift" in inputs and not work.linear:
+            shift(graph, recorder.value(inputs["theta"]), recorder.value(inputs["shift"]), work.lr)
         return graph, roots[0]
 
     def _corrected(
@@ -164,6 +169,8 @@ class TracedStep:
             for i, rule in enumerate(rules):
                 c_i, c = inputs.get(f"memory.{i}{suffix}"), inputs.get(f"control.{i}{suffix}")
                 g = rule(g, theta, inputs[f"theta0{suffix}"], c_i, c)
+            if f"shift{suffix}" in inputs and self.work.linear:
+                g = g + inputs[f"shift{suffix}"]
             result.append((target, g, suffix))
         return result
 
