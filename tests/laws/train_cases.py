@@ -157,7 +157,7 @@ CASES = {
     "cnn": Case(cnn),
     "group_norm": Case(lambda: Residual(lambda c: nn.GroupNorm(2, c))),
     "batch_norm": Case(lambda: Residual(nn.BatchNorm2d), refused=("rows", "native")),
-    "viewing": Case(Viewing),
+    "viewing": Case(Viewing, refused=()),
     "counter": Case(Counter, refused=("rows", "native")),
     "dropout": Case(dropout, refused=("rows", "native")),
     "text": Case(Text, "text", refused=("rows", "native")),

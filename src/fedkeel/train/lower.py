@@ -24,11 +24,13 @@ _NAMES = (
     *("sigmoid_backward", "log_softmax", "log_softmax_backward", "nll", "nll_backward", "add", "multiply", "scale"),
     *("tick", "adam"),
     *("gather_bytes", "gather_floats", "gather_labels"),
+    *("to_last", "to_rows", "conv", "conv_data", "conv_weight", "pool", "pool_backward"),
 )
 _CODES = {name: code for code, name in enumerate(_NAMES)}  # the same order as in native.c
 _ZERO, _ROW, _OUT = range(3)  # what a product starts from: zero, a row for all, or what is there
 BASES = FIXED, ROWS, LOSSES, X, Y = range(5)  # of addresses: memory of the step; its rows, losses, examples, labels
 _LINE = 64  # bytes of a cache line
+_LANES = 16  # of a batch-last image: their number is a multiple
 _IGNORED = -100  # the label that torch's loss passes over unless told otherwise
 
 
@@ -63,7 +65,9 @@ class Lowered:
         )
         if missing:
             raise NotTraceableError(f"the compiled kernels have no {', '.join(missing)}")
-        self._graph = graph
+        self._graph, self._size = graph, size
+        self._lasts: dict[int, int] = {}  # storage: where it lies batch-last
+        self._which: dict[int, int] = {}  # value: where it lies which pixel of a window was the largest
         self._kept: list[Tensor] = []  # memory that the table points into
         self._rows: list[Any] = []
         self._places = {
@@ -84,7 +88,7 @@ class Lowered:
         if not out.is_contiguous() or out.storage_offset() or out.shape != (size,):
             raise NotTraceableError("its loss does not lie in one piece")
         self.table: NDArray[Any] = np.array(self._rows, native.OPERATION)
-        del self._graph, self._rows, self._places
+        del self._graph, self._rows, self._places, self._lasts, self._which
 
     def _gather(self, value: int, size: int, dtype: torch.dtype, scale: Scale) -> None:
         self._kept.append(shift := torch.tensor(scale.shift))
@@ -115,12 +119,65 @@ class Lowered:
                 copy = tensor.detach().clone(memory_format=torch.contiguous_format)
                 self._kept.append(copy)
                 return FIXED, copy.data_ptr()
-            size = tensor.untyped_storage().nbytes()
-            room = torch.empty(size + _LINE, dtype=torch.uint8)
-            self._kept.append(room)
-            self._places[storage] = FIXED, -(-room.data_ptr() // _LINE) * _LINE
+            at = self._room(tensor.untyped_storage().nbytes())
+            self._places[storage] = FIXED, at
+            if storage in self._lasts:
+                given = FIXED, self._lasts[storage], 0
+                self._emit("to_rows", (FIXED, at, 0), given, m=self._size, n=self._features(value), k=self.lanes)
         base, start = self._places[storage]
         return base, start + int(tensor.storage_offset()) * tensor.element_size()
+
+    def _room(self, size: int) -> int:
+        """The address of so many bytes of memory."""
+        room = torch.empty(size + _LINE, dtype=torch.uint8)
+        self._kept.append(room)
+        return -(-room.data_ptr() // _LINE) * _LINE
+
+    @property
+    def lanes(self) -> int:
+        """Examples of a batch-last image, with those that fill it up."""
+        return -(-self._size // _LANES) * _LANES
+
+    def _features(self, value: int) -> int:
+        """The numbers that an example has of this value, which must be all of its memory, example after example."""
+        tensor = self._graph.tensors[value]
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == 4 * tensor.numel()
+        if tensor.dtype != torch.float32 or tensor.shape[:1] != (self._size,) or not whole:
+            raise NotTraceableError("a part of an image has no compiled kernel")
+        return tensor.numel() // self._size
+
+    def last(self, value: int, *, new: bool = False) -> tuple[int, int, int]:
+        """Where a value lies batch-last, (features, lanes); made of its rows unless it is `new`, to be filled."""
+        storage, features = self._graph.storage(value), self._features(value)
+        if storage not in self._lasts:
+            rows = (FIXED, 0, 0) if new else (*self._place(value), 0)
+            self._lasts[storage] = at = self._room(4 * features * self.lanes)
+            if not new:
+                self._emit("to_last", (FIXED, at, 0), rows, m=self._size, n=features, k=self.lanes)
+        return FIXED, self._lasts[storage], 1
+
+    def image(self, name: str, out: tuple[int, int, int], shape: Sequence[int], *given: tuple[int, int, int]) -> None:
+        """An operation on images of the shape (in, out, height, width, kh, kw, pad_h, pad_w)."""
+        inside, outside, height, width, kh, kw, pad_h, pad_w = shape
+        if "pool" in name:
+            below, across, rooms = height // kh, width // kw, (0, 0)
+        else:
+            below, across = height + 2 * pad_h - kh + 1, width + 2 * pad_w - kw + 1
+            widened = 4 * inside * height * (width + 2 * pad_w) * self.lanes
+            rooms = self._room(4 * inside * outside * kh * kw), self._room(widened) if pad_w else 0
+        self._kept.append(kept := torch.tensor([*shape, below, across, self.lanes, *rooms]))
+        a, b, c = (*given, *[(FIXED, 0, 0)] * (3 - len(given)))
+        self._emit(name, out, a, b, c, (FIXED, kept.data_ptr(), 0))
+
+    def which(self, value: int, like: int) -> tuple[int, int, int]:
+        """Where a pooling keeps which pixel was the largest."""
+        if value not in self._which:
+            self._which[value] = self._room(4 * self._features(like) * self.lanes)
+        return FIXED, self._which[value], 1
+
+    def flat(self, argument: Any) -> tuple[int, int, int]:
+        """A tensor that lies in one piece, row after row."""
+        return self._flat(argument)
 
     def matrix(self, argument: Any) -> _Matrix:
         """A matrix as it lies in memory."""
@@ -200,6 +257,12 @@ class Lowered:
         """out[j] = f(a[j], b[j], alpha)."""
         given = (a,) if b is None else (a, b)
         count = self._elements(*given, Ref(out))
+        homes = [self._graph.storage(argument.value) for argument in given]
+        if any(home in self._lasts and home not in self._places for home in homes):
+            places = [self.last(argument.value) for argument in given]
+            count = self._features(out) * self.lanes
+            self._emit(name, self.last(out, new=True), *places, n=count, alpha=alpha)
+            return
         self._emit(name, self._flat(Ref(out)), *map(self._flat, given), n=count, alpha=alpha)
 
     def stretch(self, name: str, out: Any, a: Any, b: Any = None, alpha: float = 1.0) -> None:
@@ -397,3 +460,62 @@ def _nll_backward(to: Lowered, node: Node) -> None:
     gradient, source, labels, weight, reduction, ignored, _ = node.args
     _require(weight is None and reduction == 0 and ignored == _IGNORED and to.float32(source).ndim == 2, node)
     to.loss("nll_backward", _result(node), gradient, labels, source)
+
+
+@_lowers(aten.convolution.default)
+def _convolution(to: Lowered, node: Node) -> None:
+    source, weight, bias, *rest = node.args
+    shape = _convolved(to, node, source, weight, rest)
+    given = [to.last(source.value), to.flat(weight), *([to.flat(bias)] if bias is not None else [])]
+    to.image("conv", to.last(_result(node), new=True), shape, *given)
+
+
+@_lowers(aten.convolution_backward.default)
+def _convolution_backward(to: Lowered, node: Node) -> None:
+    gradient, source, weight, _, *rest, _ = node.args
+    inside, outside, height, width, kh, kw, pad_h, pad_w = shape = _convolved(to, node, source, weight, rest)
+    to_source, to_weight, to_bias = node.outs
+    if to_weight is not None:
+        outs = [to.flat(Ref(value)) for value in (to_weight, to_bias) if value is not None]
+        to.image("conv_weight", outs[0], shape, to.last(gradient.value), to.last(source.value), *outs[1:])
+    if to_source is not None:
+        below, across = height + 2 * pad_h - kh + 1, width + 2 * pad_w - kw + 1
+        turned = outside, inside, below, across, kh, kw, kh - 1 - pad_h, kw - 1 - pad_w
+        to.image("conv_data", to.last(to_source, new=True), turned, to.last(gradient.value), to.flat(weight))
+
+
+def _convolved(to: Lowered, node: Node, source: Any, weight: Any, rest: Sequence[Any]) -> tuple[int, ...]:
+    """The shape of a convolution, as `Lowered.image` takes it."""
+    stride, padding, dilation, transposed, _, groups = rest
+    _require(to.float32(source).ndim == 4 and not transposed and groups == 1, node)
+    outside, inside, kh, kw = to.float32(weight).shape
+    _require({*stride, *dilation} == {1} and padding[0] < kh and padding[1] < kw, node)
+    return inside, outside, *to.float32(source).shape[2:], kh, kw, *padding
+
+
+@_lowers(aten.max_pool2d_with_indices.default)
+def _pool(to: Lowered, node: Node) -> None:
+    source, shape = _pooled(to, node, node.args[0], node.args[1:])
+    out, which = node.outs
+    assert out is not None
+    assert which is not None
+    to.image("pool", to.last(out, new=True), shape, to.last(source.value), to.which(which, out))
+
+
+@_lowers(aten.max_pool2d_with_indices_backward.default)
+def _pool_backward(to: Lowered, node: Node) -> None:
+    gradient, source, *rest, which = node.args
+    _, shape = _pooled(to, node, source, rest)
+    places = to.last(gradient.value), to.which(which.value, gradient.value)
+    to.image("pool_backward", to.last(_result(node), new=True), shape, *places)
+
+
+def _pooled(to: Lowered, node: Node, source: Any, rest: Sequence[Any]) -> tuple[Any, tuple[int, ...]]:
+    """What is pooled, and the shape of that as `Lowered.image` takes it: windows side by side."""
+    defaults: list[Any] = [[], [], [0, 0], [1, 1], False]
+    kernel, stride, padding, dilation, ceil = [*rest, *defaults[len(rest) :]]
+    sides = list(kernel), list(stride or kernel), list(padding), list(dilation)
+    _require(to.float32(source).ndim == 4 and not ceil, node)
+    _require(sides[0] == sides[1] and sides[2:] == ([0, 0], [1, 1]), node)
+    _, channels, height, width = to.float32(source).shape
+    return source, (channels, channels, height, width, *kernel, 0, 0)

@@ -36,7 +36,7 @@ class NativeStep:
         if data.x.device.type != "cpu":
             raise NotTraceableError("the compiled kernels run on the CPU")
         self._library, self._data, self._size = library, data, work.batch_size
-        self._traced = TracedStep(module, layout, data, work)
+        self._traced = TracedStep(module, layout, data, work, as_it_is=True)
         self.vector = self._traced.vector
         # What the kernels can scale, they gather from where it lies; the rest is prepared some batches at a time.
         known = type(data.prepare) is Scale and data.x.dtype in _AS_THEY_LIE and data.x.is_contiguous()

@@ -22,10 +22,20 @@ _ELEMENTWISE = "elementwise"
 
 
 class TracedStep:
-    """A `Step` without autograd. Programs are recorded for the batch sizes that `sizes` names, before any fork."""
+    """A `Step` without autograd. Programs are recorded for the batch sizes that `sizes` names, before any fork.
+
+    Images go through convolutions channels last, but `as_it_is`.
+    """
 
     def __init__(
-        self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, sizes: Iterable[int] = ()
+        self,
+        module: nn.Module,
+        layout: Layout,
+        data: ClientData,
+        work: LocalWork,
+        sizes: Iterable[int] = (),
+        *,
+        as_it_is: bool = False,
     ) -> None:
         device = data.x.device
         self.module = copy.deepcopy(module).train().to(device)
@@ -40,7 +50,7 @@ class TracedStep:
         self.told = Told(*(replace(part, lambda t: t.to(device) if isinstance(t, Tensor) else t) for part in nothing))
         self.slots = torch.zeros(len(work.slots), len(self.theta), device=device)
         self.clock = torch.zeros((), dtype=torch.float64, device=device)
-        self.arrange = arranger(self.module, data.x, data.prepare)
+        self.arrange = _as_it_is if as_it_is else arranger(self.module, data.x, data.prepare)
         self._known: dict[int, StepFunction] = {}
         for size in sorted(sizes, reverse=True):
             self._step(size)

@@ -62,7 +62,21 @@ enum {
     GATHER_BYTES,
     GATHER_FLOATS,
     GATHER_LABELS,
+    TO_LAST,
+    TO_ROWS,
+    CONV,
+    CONV_DATA,
+    CONV_WEIGHT,
+    POOL,
+    POOL_BACKWARD,
 };
+
+/* A convolution from `in` to `out` channels, or a pooling, as conv.h has them; train/lower.py writes the same fields.
+   `packed` and `widened` are memory to work in. */
+typedef struct {
+    int64_t in, out, height, width, kh, kw, pad_h, pad_w, out_height, out_width, lanes;
+    float *packed, *widened;
+} conv;
 
 /* A selection network over columns, as kernels/network.py plans it: steps of four numbers, (a, b, low, high), put the
    smaller of registers a and b into low and the larger into high, where these are not -1; the result is the mean, summed
@@ -102,6 +116,9 @@ BEGIN_TARGET("avx512f,avx512vl,avx512dq,avx512bw,fma")
 #define TILE_B 4
 #define TILE_N 4
 #define TILE_M 10
+#define CONV_M 8
+#define CONV_WIDE 3
+#define CONV_G 4
 #define LANES LANES_16
 #include "set.h"
 END_TARGET
@@ -112,6 +129,9 @@ BEGIN_TARGET("avx2,fma")
 #define TILE_B 4
 #define TILE_N 2
 #define TILE_M 5
+#define CONV_M 4
+#define CONV_WIDE 3
+#define CONV_G 2
 #define LANES LANES_8
 #include "set.h"
 END_TARGET
@@ -122,6 +142,9 @@ END_TARGET
 #define TILE_B 4
 #define TILE_N 2
 #define TILE_M 4
+#define CONV_M 4
+#define CONV_WIDE 3
+#define CONV_G 2
 #define LANES LANES_4
 #include "set.h"
 
@@ -143,7 +166,7 @@ static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512, select_av
 #define EXPORT __attribute__((visibility("default")))
 
 /* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
-EXPORT int fedkeel_abi(void) { return 7; }
+EXPORT int fedkeel_abi(void) { return 8; }
 
 /* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
    is not there. */

@@ -1,6 +1,7 @@
 /* All that one instruction set has, under the NAME, V, TILE_* and LANES that native.c gives it. */
 
 #include "simd.h"
+#include "conv.h"
 #include "step.h"
 #include "rows.h"
 
@@ -9,6 +10,9 @@
 #undef TILE_B
 #undef TILE_N
 #undef TILE_M
+#undef CONV_M
+#undef CONV_WIDE
+#undef CONV_G
 #undef LANES
 #undef vec
 #undef LOAD

@@ -156,6 +156,13 @@ static int NAME(run)(const op *program, int64_t length, char *const *base) {
         case GATHER_LABELS:
             for (long i = 0; i < m; i++) ((int64_t *)out)[i] = ((const int64_t *)a)[((const int64_t *)b)[i]];
             break;
+        case TO_LAST: NAME(to_last)(a, m, n, o->k, out); break;
+        case TO_ROWS: NAME(to_rows)(a, m, n, o->k, out); break;
+        case CONV: NAME(conv_forward)(d, a, b, o->c.at ? c : 0, out); break;
+        case CONV_DATA: NAME(conv_data)(d, a, b, out); break;
+        case CONV_WEIGHT: NAME(conv_weight)(d, a, b, out, o->c.at ? (float *)c : 0); break;
+        case POOL: NAME(pool)(d, a, out, (float *)b); break;
+        case POOL_BACKWARD: NAME(pool_backward)(d, a, b, out); break;
         }
     }
     return 0;
