@@ -23,7 +23,8 @@ from fedkeel.core.registry import build
 from fedkeel.kernels import distance, native, network, order
 from fedkeel.train import ClientData, LocalWork, Scale, Task, make_trainer
 from fedkeel.train.backends import fits
-from fedkeel.train.lower import BASES, LOSSES, Lowered
+from fedkeel.train.lower import Lowered
+from fedkeel.train.operations import BASES, LOSSES
 from fedkeel.train.record import Recorder
 
 pytestmark = compiled
@@ -103,7 +104,7 @@ def test_a_product_is_right_and_stays_in_its_memory(
     right = b.t().contiguous() if turned == "nt" else b
     code = ("nt", "nn", "tn").index(turned)
     places = [(0, t.data_ptr(), t.shape[-1]) for t in (left, right, row, row, out)]
-    table = np.array([(code, m, n, k, start, alpha, 0.0, *places)], native.OPERATION)
+    table = np.array([(code, m, n, k, start, alpha, 1.0, 0.0, 0.0, *places)], native.OPERATION)
     bases = np.zeros(len(BASES), np.int64)
     library.run(table.ctypes.data, 1, bases.ctypes.data, bases.copy().ctypes.data, 1)
     native.Library(path(), None)

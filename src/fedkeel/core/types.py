@@ -292,6 +292,10 @@ class ClientMemory:
         if values:
             self._held.setdefault(client, {}).update({k: v.detach().clone() for k, v in values.items()})
 
+    def rename(self, client: str, name: str, to: str) -> None:
+        """Remember under another name what there is."""
+        self._held[client][to] = self._held[client].pop(name)
+
     def forget(self, client: str, names: Iterable[str]) -> None:
         """Let go of what a client remembers under these names, if anything."""
         for name in names:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-ABI = 8  # native.c has the same: a library built from other sources is left alone
+ABI = 9  # native.c has the same: a library built from other sources is left alone
 SETS = ("avx512", "avx2", "base")
 
 _OPERAND = np.dtype([("base", "<i8"), ("at", "<i8"), ("ld", "<i8")])
 OPERATION = np.dtype(
     [(name, "<i8") for name in ("code", "m", "n", "k", "start")]
-    + [("alpha", "<f4"), ("unused", "<f4")]
+    + [(name, "<f4") for name in ("alpha", "keep", "beta", "unused")]
     + [(name, _OPERAND) for name in ("a", "b", "c", "d", "out")]
 )
 """One operation of a program, as `op` in native.c."""

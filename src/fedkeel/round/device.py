@@ -46,7 +46,9 @@ def recall(client: str, settled: int | None, memory: ClientMemory) -> None:
     held = memory.of(client)
     pending = [name for name in held if name.startswith(_PENDING)]
     if pending and settled is not None and int(held[_TASK]) == settled:
-        memory.keep(client, {name.removeprefix(_PENDING): held[name] for name in pending if name != _TASK})
+        for name in pending:
+            if name != _TASK:
+                memory.rename(client, name, name.removeprefix(_PENDING))
     memory.forget(client, pending)
 
 

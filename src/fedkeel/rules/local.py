@@ -94,7 +94,7 @@ def _scaffold_shift(c_i: Tensor, c: Tensor) -> Tensor:
 
 
 def _scaffold_after(c_i: Tensor, c: Tensor, delta: Tensor, tau: float, lr: float) -> Tensor:
-    return c_i - c - delta / (tau * lr)
+    return torch.sub(c_i, c).sub_(delta, alpha=1 / (tau * lr))
 
 
 def _scaffold_control(c: Tensor, closed: Closed) -> Tensor:

@@ -85,15 +85,21 @@ class Simulator:
 
     def run(self) -> ServerState:
         """To the end. The clock is virtual: it jumps from event to event."""
-        pending = self.coordinator.start(self._now)
-        while True:
-            starting = [c for c in pending if isinstance(c, orders.Train)]
-            if any(self._obey(c) for c in pending):
-                return self.server.snapshot()
-            pending = self._work(starting) if starting else []
-            if not pending:
-                self._now, *_, outcome = heapq.heappop(self._events)
-                pending = self._deliver(outcome)
+        pending: list[Command] | None = self.coordinator.start(self._now)
+        while pending is not None:
+            pending = self.advance(pending)
+        return self.server.snapshot()
+
+    def advance(self, pending: list[Command]) -> list[Command] | None:
+        """Carry out what is pending and go on to what follows; None when the federation is over."""
+        starting = [c for c in pending if isinstance(c, orders.Train)]
+        if any(self._obey(c) for c in pending):
+            return None
+        following = self._work(starting) if starting else []
+        if not following:
+            self._now, *_, outcome = heapq.heappop(self._events)
+            following = self._deliver(outcome)
+        return following
 
     def _obey(self, command: Command) -> bool:
         """Carry out a command other than Train; True when the federation is over."""

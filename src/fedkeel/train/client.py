@@ -82,6 +82,8 @@ def told(rules: Sequence[Rule], memory: Mapping[str, Tensor], control: Mapping[s
     """What corrections are told of vectors (P,) under their names: over the trainable columns, 0 where unknown."""
 
     def spread(vectors: Mapping[str, Tensor], rule: Rule) -> Tensor:
+        if rule.name in vectors and not layout.shared.start:
+            return vectors[rule.name][layout.params]
         found = torch.zeros(layout.trainable.stop)
         if rule.name in vectors:
             found[layout.shared.start :] = vectors[rule.name][layout.params]

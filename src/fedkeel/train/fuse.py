@@ -18,6 +18,7 @@ from fedkeel.train.record import Graph, Node, Ref, replace
 
 aten = torch.ops.aten
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
+_SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor}
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
 _FACTORIES = {"ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "new_full", "scalar_tensor"}
 _RESTRIDING = {"as_strided_", "resize_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_"}
@@ -200,8 +201,18 @@ class Updates:
     def _terms(self, value: int, scale: float, absorbed: set[int]) -> list[tuple[int, float]]:
         """A gradient that is a sum, as its addends with their factors."""
         maker = self.makers.get(value)
-        if maker is None or maker.func not in (aten.add.Tensor, aten.sub.Tensor) or self.count[value] != 1:
+        if maker is None or maker.func not in _SUMS or self.count[value] != 1:
             return [(value, scale)]
+        if maker.func is aten.mul.Tensor:
+            source, factor = maker.args
+            if (
+                type(source) is not Ref
+                or type(factor) not in (int, float)
+                or self._changed(maker, len(self.graph.nodes))
+            ):
+                return [(value, scale)]
+            absorbed.add(value)
+            return self._terms(source.value, scale * factor, absorbed)
         first, second = maker.args
         shape = self.graph.tensors[value].shape
         if not all(type(a) is Ref and self.graph.tensors[a.value].shape == shape for a in (first, second)):

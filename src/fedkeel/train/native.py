@@ -17,7 +17,8 @@ from fedkeel.core.layout import Layout
 from fedkeel.kernels import native
 from fedkeel.train.client import Told, chunk
 from fedkeel.train.contract import ClientData, LocalWork, Scale
-from fedkeel.train.lower import BASES, LOSSES, ROWS, Lowered, X, Y
+from fedkeel.train.lower import Lowered
+from fedkeel.train.operations import BASES, LOSSES, ROWS, X, Y
 from fedkeel.train.record import NotTraceableError
 from fedkeel.train.traced import TracedStep
 

@@ -35,11 +35,12 @@ typedef struct {
 
 typedef struct {
     int64_t code, m, n, k, start;
-    float alpha, unused; /* 8 bytes */
+    float alpha, keep, beta, unused; /* 16 bytes */
     operand a, b, c, d, out;
 } op;
 
-enum { START_ZERO, START_ROW, START_OUT };
+/* What a product starts from: zero, a row for all, what is there, or keep * what is there + beta * a matrix. */
+enum { START_ZERO, START_ROW, START_OUT, START_BLEND };
 enum {
     PRODUCT_NT,
     PRODUCT_NN,
@@ -57,6 +58,7 @@ enum {
     ADD,
     MULTIPLY,
     SCALE,
+    SCALE_BY,
     TICK,
     ADAM,
     GATHER_BYTES,
@@ -166,7 +168,7 @@ static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512, select_av
 #define EXPORT __attribute__((visibility("default")))
 
 /* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
-EXPORT int fedkeel_abi(void) { return 8; }
+EXPORT int fedkeel_abi(void) { return 9; }
 
 /* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
    is not there. */

@@ -82,7 +82,8 @@ INLINE void NAME(dots)(const int b, const int n, const op *o, const float *x, co
     for (int i = 0; i < b; i++)
         for (int j = 0; j < n; j++) {
             float *to = out + i * o->out.ld + j;
-            const float from = o->start == START_ROW ? start[j] : o->start == START_OUT ? *to : 0;
+            float from = o->start == START_ROW ? start[j] : o->start == START_OUT ? *to : 0;
+            if (o->start == START_BLEND) from = o->keep * *to + o->beta * start[i * o->c.ld + j];
             *to = from + o->alpha * total[i * TILE_N + j];
         }
 }
@@ -92,7 +93,8 @@ static void NAME(product_nt)(const op *o, const float *x, const float *w, const 
         n = o->n - j < TILE_N ? 1 : TILE_N;
         for (long i = 0, b; i < o->m; i += b) {
             b = o->m - i < TILE_B ? 1 : TILE_B;
-            const float *xi = x + i * o->a.ld, *wj = w + j * o->b.ld, *from = start ? start + j : 0;
+            const long row = o->start == START_BLEND ? i * o->c.ld : 0;
+            const float *xi = x + i * o->a.ld, *wj = w + j * o->b.ld, *from = start ? start + row + j : 0;
             float *to = out + i * o->out.ld + j;
             if (b == TILE_B && n == TILE_N) NAME(dots)(TILE_B, TILE_N, o, xi, wj, from, to);
             else if (b == TILE_B) NAME(dots)(TILE_B, 1, o, xi, wj, from, to);
@@ -122,7 +124,17 @@ INLINE void NAME(strip)(const int m, const long n, const op *o, const float *a, 
         float *to = out + i * o->out.ld;
         const float *from = o->start == START_ROW ? start : to;
         const vec zero = {0};
-        if (n < V) {
+        if (o->start == START_BLEND) {
+            const float *other = start + i * o->c.ld;
+            if (n < V) {
+                const vec there = o->keep * LOAD_PART(to, n) + o->beta * LOAD_PART(other, n);
+                STORE_PART(to, there + o->alpha * sum[i][0], n);
+            } else {
+                STORE(to, o->keep * LOAD(to) + o->beta * LOAD(other) + o->alpha * sum[i][0]);
+                if (n == 2 * V)
+                    STORE(to + V, o->keep * LOAD(to + V) + o->beta * LOAD(other + V) + o->alpha * sum[i][1]);
+            }
+        } else if (n < V) {
             STORE_PART(to, (o->start ? LOAD_PART(from, n) : zero) + o->alpha * sum[i][0], n);
         } else {
             STORE(to, (o->start ? LOAD(from) : zero) + o->alpha * sum[i][0]);
@@ -148,7 +160,8 @@ static void NAME(product)(const op *o, const float *a, long rows, long columns, 
         const long stop = j + block < o->n ? j + block : o->n;
         for (long i = 0, m; i < o->m; i += m) {
             m = o->m - i < 4 ? 1 : o->m - i < TILE_M ? 4 : TILE_M;
-            const float *ai = a + i * rows, *bj = b + j, *from = start ? start + j : 0;
+            const long row = o->start == START_BLEND ? i * o->c.ld : 0;
+            const float *ai = a + i * rows, *bj = b + j, *from = start ? start + row + j : 0;
             float *to = out + i * o->out.ld + j;
             if (m == TILE_M) NAME(strips)(TILE_M, o, stop - j, ai, rows, columns, bj, from, to);
             else if (m == 4) NAME(strips)(4, o, stop - j, ai, rows, columns, bj, from, to);

@@ -137,6 +137,10 @@ static int NAME(run)(const op *program, int64_t length, char *const *base) {
             ELEMENTWISE
             for (long j = 0; j < n; j++) out[j] = a[j] * o->alpha;
             break;
+        case SCALE_BY:
+            ELEMENTWISE
+            for (long j = 0; j < n; j++) out[j] = a[j] * *b;
+            break;
         case TICK: *(double *)out += 1; break;
         /* out is theta, a its gradient, b its two moments, c Adam's numbers in double, d the number of the step. */
         case ADAM: NAME(adam)(n, a, (float *)b, o->b.ld, (const double *)c, *(const double *)d, o->alpha, out); break;
