@@ -20,6 +20,8 @@ from typing import Any
 
 import defence_tables
 import detection
+import methods
+import niid
 import outofcore
 import overhead
 import published
@@ -78,6 +80,9 @@ def write_tables() -> None:
         front = replaced(front, "attacks", defence_tables.short(runs))
     if published.RESULTS.exists():  # by benchmarks/published.py
         text = replaced(text, "published", published.table(resumable.read(published.RESULTS)))
+    if niid.RESULTS.exists():  # by benchmarks/niid.py
+        text = replaced(text, "niid", niid.table(resumable.read(niid.RESULTS)))
+    text = replaced(text, "methods", methods.table(results["methods"])) if "methods" in results else text
     text = replaced(text, "outofcore", outofcore.table(results["outofcore"])) if "outofcore" in results else text
     page.write_text(text)
     readme.write_text(front)
