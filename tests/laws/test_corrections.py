@@ -1,4 +1,4 @@
-"""The laws of corrections, for every registered one; and that every backend applies them alike."""
+"""Corrections against their formulas, and that every backend applies them alike; their laws: `testing.corrections`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.func import vmap
 from train_cases import CASES, compiled, data_of, module_of, tasks_of, work_of
 
 from fedkeel.core.layout import Layout
-from fedkeel.core.registry import Rule, build, definition, names, parse, rule
+from fedkeel.core.registry import build, definition, parse, rule
 from fedkeel.train import make_trainer
 
 PARAMETERS: dict[str, dict[str, float]] = {"l2": {"coef": 0.3}, "fedprox": {"mu": 0.2}, "feddyn": {"alpha": 0.2}}
-RULES = [build("correction", name, **PARAMETERS.get(name, {})) for name in names("correction")]
 
 
 @rule("correction", name="test_drift", traits=("elementwise", "memory", "control"))
@@ -32,48 +30,6 @@ def clip(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Tensor
     """Looks at the whole gradient: its norm becomes 0.1 at most."""
     assert c_i is None
     return g * (0.1 / g.norm(dim=-1, keepdim=True)).clamp(max=1.0)
-
-
-def arguments(rule: Rule, *rows: int) -> list[Tensor | None]:
-    generator = torch.Generator().manual_seed(1)
-    found: list[Tensor | None] = [torch.randn(*rows, 17, generator=generator) for _ in range(5)]
-    if not rule.reads("memory"):
-        found[3] = None
-    if rule.reads("dial"):
-        found[4] = torch.rand(*rows, len(rule.init()), generator=generator)
-    elif not rule.reads("control"):
-        found[4] = None
-    return found
-
-
-@pytest.mark.parametrize("correction", RULES, ids=repr)
-def test_any_leading_rows_are_corrected_one_by_one(correction: Rule) -> None:
-    given = arguments(correction, 2, 3)
-    whole = correction(*given)
-    for i in range(2):
-        for j in range(3):
-            torch.testing.assert_close(whole[i, j], correction(*(a if a is None else a[i, j] for a in given)))
-    mapped = vmap(lambda *a: correction(*a), in_dims=tuple(None if a is None else 0 for a in given))
-    torch.testing.assert_close(mapped(*given), whole)
-
-
-@pytest.mark.parametrize("correction", RULES, ids=repr)
-def test_arguments_are_left_alone_and_shape_and_type_kept(correction: Rule) -> None:
-    given = arguments(correction, 4)
-    before = [None if a is None else a.clone() for a in given]
-    result = correction(*given)
-    assert result.shape == (4, 17)
-    assert result.dtype == torch.float32
-    assert all(a is None or torch.equal(a, b) for a, b in zip(given, before, strict=True))
-
-
-@pytest.mark.parametrize("correction", [r for r in RULES if "elementwise" in r.definition.traits], ids=repr)
-def test_elementwise_means_column_by_column(correction: Rule) -> None:
-    given = arguments(correction)
-    whole = correction(*given)
-    for j in range(17):
-        column = [a if a is None or len(a) != 17 else a[j : j + 1] for a in given]
-        torch.testing.assert_close(whole[j : j + 1], correction(*column))
 
 
 def test_l2_is_the_gradient_of_half_the_squared_norm() -> None:

@@ -8,6 +8,7 @@ hold those of one kind each.
 from fedkeel.testing import (
     attacks,
     contributions,
+    corrections,
     mixers,
     optimisers,
     reducers,
@@ -25,6 +26,7 @@ __all__ = [
     "check",
     "cohort",
     "contributions",
+    "corrections",
     "hold",
     "law",
     "laws",
