@@ -21,9 +21,10 @@ RESULTS = Path(__file__).parent / "results" / "niid.jsonl"
 PARTITIONS = {
     "IID": "iid",
     "Dirichlet(0.5)": "dirichlet(alpha=0.5)",
-    "#C=3": "shards(classes_per_client=3)",
-    "#C=2": "shards(classes_per_client=2)",
-    "#C=1": "shards(classes_per_client=1)",
+    "#C=3": "shards(classes_per_client=3, even=False)",
+    "#C=2": "shards(classes_per_client=2, even=False)",
+    "#C=1": "shards(classes_per_client=1, even=False)",
+    "#C=2, even": "shards(classes_per_client=2)",
 }
 DECAY = "l2(coef=0.00001)"
 PUBLISHED = {  # means and standard deviations over three runs, in %; FedProx with the best mu of 0.001 to 1

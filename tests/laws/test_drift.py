@@ -216,6 +216,15 @@ def test_what_steps_are_worth_is_what_they_move_the_model_by(optimiser: str, mu:
     assert far[1] >= far[0] > work.worth(torch.tensor([19_000.0]))[0] - 1e-9
 
 
+def mean_kept(simulator: Simulator, state: ServerState) -> Tensor:
+    """The mean of the clients' c_i, settled."""
+    total = torch.zeros(P)
+    for client in simulator.federation.names:
+        fedkeel.round.device.recall(client, state.trust["used"].get(client), simulator.memory)
+        total += simulator.memory.of(client).get("correction/scaffold", torch.zeros(P))
+    return total / CLIENTS
+
+
 def test_the_servers_control_is_the_mean_of_the_clients_where_updates_are_refused_and_clients_sampled() -> None:
     """The invariant that SCAFFOLD's fixed point rests on: c = mean(c_i), whatever is lost on the way."""
     simulator, state = simulate(
@@ -226,11 +235,7 @@ def test_the_servers_control_is_the_mean_of_the_clients_where_updates_are_refuse
     )
     assert simulator.recorder.refused > 5
     assert len(state.trust["used"]) > 1
-    total = torch.zeros(P, dtype=torch.float64)
-    for client in simulator.federation.names:
-        fedkeel.round.device.recall(client, state.trust["used"].get(client), simulator.memory)
-        total += simulator.memory.of(client).get("scaffold", torch.zeros(P)).double()
-    torch.testing.assert_close(state.control["scaffold"].double(), total / CLIENTS, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.control["scaffold"], mean_kept(simulator, state), atol=1e-5, rtol=1e-5)
 
 
 def test_the_shift_of_scaffold_has_its_sign() -> None:
@@ -288,3 +293,69 @@ def test_a_streamed_mean_moves_the_control_as_the_matrix_does(sections, monkeypa
     torch.testing.assert_close(streamed.theta, kept.theta)
     for name, vector in kept.control.items():
         torch.testing.assert_close(streamed.control[name], vector)
+
+
+def test_adam_with_decay_and_scaffold_keeps_c_the_mean_of_the_c_i() -> None:
+    """Under an optimiser that is not linear a step is worth a step, whatever is added to the gradient."""
+    train = {"optimiser": "adam", "lr": 0.01, "corrections": ("l2(coef=0.0001)", "scaffold")}
+    simulator, state = simulate(60, train=train)
+    torch.testing.assert_close(state.control["scaffold"], mean_kept(simulator, state), atol=1e-4, rtol=1e-4)
+    assert float((state.theta - torch.from_numpy(optimum()).float()).norm()) < 1.5
+
+
+def test_a_cap_on_the_rows_meets_updates_and_not_gradients_when_the_control_moves() -> None:
+    far = {"aggregate": {"mix": ("norm_cap(norm=1000.0)",)}}
+    free, capped = (simulate(12, **corrected("scaffold"), **mix)[1] for mix in ({}, far))
+    torch.testing.assert_close(capped.control["scaffold"], free.control["scaffold"])
+    near = {"aggregate": {"mix": ("norm_cap(norm=0.2)",)}}
+    one = simulate(1, **corrected("scaffold"), **near)[1].control["scaffold"]
+    mean = torch.tensor(STEPS).double().mean()
+    assert float(one.norm()) == pytest.approx(0.2 / (float(mean) * LR), rel=0.5)  # rows of 0.2, in mean steps
+
+
+def test_what_a_dial_says_does_not_change_what_steps_are_worth() -> None:
+    work = Federation.of(fedkeel.Job(train={"corrections": ("adaptive_fedprox(mu=5.0)",)})).work
+    assert work.worth(torch.tensor([3.0, -2.0, 2.0**63])).tolist() == pytest.approx([3, 0, 1e12])
+
+
+@pytest.mark.parametrize(
+    ("corrections", "words"),
+    [
+        (("adaptive_fedprox(mu=1.0)", "adaptive_fedprox(mu=0.5)"), "written twice"),
+        (("fedprox(mu=40.0)",), "local steps would swing back"),
+        (("test_bad_after",), "hook after raised RuntimeError: boom"),
+        (("test_bad_control",), r"hook control gave shape \(1,\), not \(3,\)"),
+        (("test_bad_trait",), "has the hook after: give it the trait memory"),
+    ],
+    ids=str,
+)
+def test_corrections_that_can_not_work_are_refused_before_training(corrections, words) -> None:
+    with pytest.raises(InputError, match=words):
+        simulate(1, train={"corrections": corrections})
+
+
+def test_fedcm_is_refused_with_private_layers() -> None:
+    with pytest.raises(InputError, match=r"train.corrections: 'fedcm.*' can not correct private layers"):
+        Federation.of(
+            fedkeel.Job(
+                data={"holdout": 0.2},
+                model={"build": "mlp(hidden=(8,))", "private": ("head.*",)},
+                train={"corrections": ("fedcm",)},
+            )
+        )
+
+
+def boom(*args: object) -> Tensor:
+    raise RuntimeError("boom")
+
+
+for name, traits, hooks in (
+    ("test_bad_after", ("memory",), {"after": boom}),
+    ("test_bad_control", ("control",), {"control": lambda c, closed: c[:1]}),
+    ("test_bad_trait", (), {"after": boom}),
+):
+
+    @rule("correction", name=name, traits=traits, hooks=hooks)
+    def bad(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Tensor | None) -> Tensor:
+        """Does nothing, with a hook that is wrong (tests)."""
+        return g

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fedkeel.core.errors import InputError
 from fedkeel.core.registry import Rule, build, definition, require_once
+from fedkeel.core.types import Closed
 
-_MEASURED_STEPS = 20_000  # beyond them the response is a straight line, or flat
+_MEASURED_STEPS = 20_000  # of a response
+_MOST_STEPS = 10**12  # that a claim counts for
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,11 @@ class LocalWork:
     loss: Rule
     corrections: tuple[Rule, ...] = ()
     optimiser: Rule = field(default_factory=lambda: build("optimiser", "sgd"))
-    _known: list[NDArray[np.float64]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _known: _Response = field(default_factory=lambda: _Response(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.optimiser.init()  # says now what can not be meant
-        require_once([rule.name for rule in self.corrections if {"memory", "control"} & rule.definition.traits])
+        require_once([rule.name for rule in self.corrections if {"memory", "control", "dial"} & rule.definition.traits])
 
     @property
     def slots(self) -> tuple[float, ...]:
@@ -54,32 +56,87 @@ class LocalWork:
         """How many plain SGD steps so many steps of this work are worth, (n,) float64: |a|_1 of FedNova.
 
         A model that starts where it should be and is shifted by 1 in every step moves by -lr * |a|_1 (Wang et al. 2020,
-        section 4): found by taking those steps with the very rules.
+        section 4): found by taking those steps with the very rules. A correction with a dial, which changes from round
+        to round, is left out. Under an optimiser that is not linear a shift acts beside it: the steps themselves.
         """
-        if not self._known:
-            self._known.append(_response(self))
-        (response,) = self._known
-        known = len(response) - 1
-        last = response[-1] - response[-2]
-        found = [response[k] if k <= known else response[-1] + (k - known) * last for k in steps.long().tolist()]
-        return torch.tensor(found, dtype=torch.float64)
+        counts = [min(max(k, 0), _MOST_STEPS) for k in steps.tolist()]
+        if not self.linear:
+            return torch.tensor(counts, dtype=torch.float64)
+        response = self._known.of(self)
+        response.grow(min(int(max(counts, default=0)), _MEASURED_STEPS))
+        return torch.tensor([response.after(int(k)) for k in counts], dtype=torch.float64)
+
+    def check(self) -> None:
+        """Try what is particular to corrections. Raises `InputError` where they can not do what they claim."""
+        for rule in self.corrections:
+            _try_hooks(rule)
+        first = self.worth(torch.arange(1, 9))
+        if not bool((torch.isfinite(first) & (first > 0)).all()):
+            names = ", ".join(map(repr, self.corrections))
+            raise InputError(f"{names} with train.lr = {self.lr:g}: local steps would swing back: lower one of them")
 
 
-def _response(work: LocalWork) -> NDArray[np.float64]:
-    """What k steps come to, in units of lr, for k = 0, 1, ..."""
+class _Response:
+    """What k steps come to, in units of lr, for k = 0, 1, ...: taken when asked for."""
+
+    def __init__(self) -> None:
+        self.found = [0.0]
+        self._steps: Iterator[float] | None = None
+
+    def of(self, work: LocalWork) -> _Response:
+        if self._steps is None:
+            self._steps = _steps(work)
+        return self
+
+    def grow(self, count: int) -> None:
+        assert self._steps is not None
+        while len(self.found) <= count:
+            self.found.append(next(self._steps))
+
+    def after(self, count: int) -> float:
+        """Beyond what is measured it is a straight line, or flat."""
+        last = len(self.found) - 1
+        if count <= last:
+            return self.found[count]
+        return self.found[last] + (count - last) * (self.found[last] - self.found[last - 1])
+
+
+def _steps(work: LocalWork) -> Iterator[float]:
     theta, start, zero, one = (torch.full((1,), value, dtype=torch.float64) for value in (0.0, 0.0, 0.0, 1.0))
     slots = [torch.full((1,), value, dtype=torch.float64) for value in work.slots]
     clock = torch.zeros((), dtype=torch.float64)
-    found = np.zeros(_MEASURED_STEPS + 1)
-    with torch.no_grad():
-        for k in range(1, len(found)):
+    while True:
+        with torch.no_grad():
             g = zero
             for rule in work.corrections:
-                c = zero if rule.reads("control") else rule.init().double() if rule.reads("dial") else None
-                g = rule(g, theta, start, zero if rule.reads("memory") else None, c)
+                if not rule.reads("dial"):
+                    c_i, c = (zero if rule.reads(trait) else None for trait in ("memory", "control"))
+                    g = rule(g, theta, start, c_i, c)
             clock.add_(1)
-            work.optimiser(theta, g + one if work.linear else g, slots, clock, work.lr)
-            if not work.linear:
-                theta.sub_(work.lr)
-            found[k] = -float(theta) / work.lr
-    return found
+            work.optimiser(theta, g + one, slots, clock, work.lr)
+        yield -float(theta) / work.lr
+
+
+def _try_hooks(rule: Rule) -> None:
+    """Ask a correction's hooks for what they are asked in a run, on three columns."""
+    traits, vector = rule.definition.traits, torch.linspace(-1, 1, 3)
+    for name, needed in (("after", {"memory"}), ("control", {"control", "dial"})):
+        if rule.hook(name) is not None and not needed & traits:
+            raise InputError(f"correction '{rule!r}' has the hook {name}: give it the trait {min(needed)}")
+    sent = rule.init() if "dial" in traits else vector
+    tried = {
+        "shift": (vector, vector),
+        "after": (vector, vector, vector, 2.0, 0.1),
+        "control": (sent, Closed(vector, 0.5, 1.0, lambda: vector)),
+    }
+    for name, given in tried.items():
+        hook, wanted = rule.hook(name), sent.shape if name == "control" else vector.shape
+        if hook is None:
+            continue
+        try:
+            shape = tuple(hook(*given).shape)
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            raise InputError(f"correction '{rule!r}': its hook {name} raised {type(error).__name__}: {said}") from error
+        if shape != tuple(wanted):
+            raise InputError(f"correction '{rule!r}': its hook {name} gave shape {shape}, not {tuple(wanted)}")

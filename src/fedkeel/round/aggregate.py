@@ -116,19 +116,21 @@ def reduced(plan: Plan, cohort: Cohort, weights: Tensor, *, by_steps: bool = Tru
 def per_step_(plan: Plan, used: Used, direction: Tensor, lr: float) -> Tensor:
     """The aggregate (P,) of the rows, each divided by -tau * lr: the mean step as a gradient; zero for buffers.
 
-    Rows are divided in place, unless all tau are equal: nobody may want them afterwards. Raises `CohortError` where
-    the steps of a row that counts are 0.
+    Rows are brought to the mean tau before they are mixed and reduced, in place, as nobody may want them afterwards,
+    and what comes out is divided: a rule that knows an absolute size meets updates of the size that it was made for.
+    Raises `CohortError` where the steps of a row that counts are 0.
     """
-    cohort, counts = used.cohort, used.weights > 0
-    tau = cohort.tau[counts]
-    if not bool((tau > 0).all()):
+    cohort, weights = used.cohort, used.weights
+    tau, shares = cohort.tau, weights / weights.sum()
+    counts = weights > 0
+    if not bool((tau[counts] > 0).all()):
         raise CohortError("an update of 0 steps says nothing of a step: put the check 'claims' before it")
-    if bool((tau == tau[0]).all()):
-        found = direction / float(-tau[0] * lr)
-    else:
+    mean, found = float(shares @ tau), direction
+    if not bool((tau[counts] == tau[counts][0]).all()):
         for row in torch.nonzero(counts).flatten().tolist():
-            cohort.U[row] /= float(-cohort.tau[row] * lr)
-        found = reduced(plan, cohort, used.weights, by_steps=False)
+            cohort.U[row, cohort.params] *= mean / float(tau[row])
+        found = reduced(plan, cohort, weights, by_steps=False)
+    found = found / (-mean * lr)
     found[cohort.params.stop :] = 0
     return found
 

@@ -15,6 +15,8 @@ from fedkeel.round import wire
 from fedkeel.round.plan import Plan
 
 _draw = random.SystemRandom()
+CORRECTION = "correction/"
+"""What a client's memory has before the names of corrections."""
 _PENDING = "pending/"
 _TASK = _PENDING + "task"
 
@@ -67,8 +69,11 @@ def remember(
     for row, claim, tau in zip(rows, claims, worth, strict=True):
         held = memory.of(claim.client)
         made = {
-            _PENDING + name: after(held.get(name, zero), control.get(name, zero), row, tau, plan.work.lr)
+            _PENDING + CORRECTION + name: after(
+                held.get(CORRECTION + name, zero), control.get(name, zero), row, tau, plan.work.lr
+            )
             for name, after in afters.items()
+            if tau
         }
         memory.keep(claim.client, {**made, _TASK: torch.tensor(claim.task)})
 

@@ -74,7 +74,8 @@ class Server:
         self._streams = plan.streams(columns)
         self._store = RowStore(columns, 0 if self._streams else plan.cohort, state.next_task)
         self._told = [rule for rule in plan.corrections if rule.hook("control")]
-        self._sum = RowSum(columns if self._streams else 0, scaled=bool(self._told))
+        self._by_steps = any("control" in rule.definition.traits for rule in self._told)
+        self._sum = RowSum(columns if self._streams else 0, scaled=self._by_steps)
         self._outstanding: dict[str, int] = {}
         self._versions: dict[str, int] = {}
         self._answered: set[int] = set()
@@ -205,7 +206,7 @@ class Server:
             assert update.delta is not None
             alone = self._cohort(update.delta[None], [admitted])
             admitted.weight = math.prod(float(w(alone, self.state)[0]) for w in self.plan.weighers)
-            tau = float(alone.tau[0]) if self._told else 0.0
+            tau = float(alone.tau[0]) if self._by_steps and admitted.weight else 1.0
             self._sum.admit(task, admitted.weight, -1 / (tau * self._lr) if tau else math.nan)
         else:
             self._store.admit(task)
@@ -339,9 +340,10 @@ class Server:
         for rule in self._told:
             hook = rule.hook("control")
             assert hook is not None
-            control[rule.name] = hook(control[rule.name], closed)
-            if "dial" not in rule.definition.traits and not math.isfinite(distance.sq_norm(control[rule.name])):
-                raise CohortError(f"what correction '{rule!r}' would send is not finite")
+            was, control[rule.name] = control[rule.name], hook(control[rule.name], closed)
+            finite = "dial" in rule.definition.traits or math.isfinite(distance.sq_norm(control[rule.name]))
+            if control[rule.name].shape != was.shape or not finite:
+                raise CohortError(f"what correction '{rule!r}' would send is not finite, or has changed its shape")
         self.state = self.state.replace(control=control)
 
     def _per_step(self, outcome: Outcome) -> Tensor:

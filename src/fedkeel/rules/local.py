@@ -4,8 +4,9 @@ g, theta, theta0 (..., T): the batch's gradient, the local model, the model the 
 what the client keeps and what the server sends under the correction's name, zero at first; None for a correction that
 does not claim the trait `memory` or `control`. With the trait `dial` c is a short vector (..., k), `init` its first
 value. The law of the trait `elementwise` is that column j of the result depends on column j alone; the backends then
-correct tensor by tensor, inside the cache. Corrections are pure tensor operations, so that they can be traced and
-vmapped, and never change their arguments.
+correct tensor by tensor, inside the cache. Private columns are among them, with c_i and c of 0; the trait `shared_only`
+refuses models that have any. Corrections are pure tensor operations, so that they can be traced and vmapped, and never
+change their arguments.
 
 Hooks. `shift(c_i, c) -> (..., T)`: a gradient that stays the same during a round, so that the correction is called
 without c_i and c. It is added to the gradient for an optimiser that is linear in it; any other, as Adam, which would
@@ -49,6 +50,7 @@ def fedprox(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Ten
     """Holds the local model near the global one: adds mu * (theta - theta0), of mu/2 * ||theta - theta0||^2.
 
     Li et al. 2020 (Federated optimization in heterogeneous networks, algorithm 2), the local problem solved by SGD.
+    Private layers are held to where they began the round.
     """
     return g.add(theta, alpha=mu).sub(theta0, alpha=mu)
 
@@ -112,9 +114,9 @@ def scaffold(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Te
     SCAFFOLD, option II (Karimireddy et al. 2020, algorithm 1): c_i becomes c_i - c - delta / (tau * lr), tau the steps,
     and c moves by the mean change of the c_i times the share of clients. That change is -delta / (tau * lr) - c, so the
     server has it from the update itself: nothing is sent up beside it, and what is screened, weighed and reduced is
-    what moves c. tau is what the steps are worth under a local momentum, so that c_i is a gradient. Exact for equal
-    weights; where weights differ and not all clients take part, c is the weighted mean of the c_i but for sampling.
-    Keeps 1 vector a client, sends 1.
+    what moves c. tau is what the steps are worth under a local momentum, so that c_i is a gradient. Exact for the mean
+    with equal weights; where weights differ and not all clients take part, c is the weighted mean of the c_i but for
+    sampling, and robust reducers and caps make of it what they make of the updates. Keeps 1 vector a client, sends 1.
     """
     return g
 
@@ -144,7 +146,7 @@ def _fedcm_control(c: Tensor, closed: Closed, *, alpha: float) -> Tensor:
 
 @rule(
     "correction",
-    traits=("elementwise", "control"),
+    traits=("elementwise", "control", "shared_only"),
     hooks={"shift": _fedcm_shift, "control": _fedcm_control},
 )
 def fedcm(

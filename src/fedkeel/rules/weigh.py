@@ -24,6 +24,7 @@ from fedkeel.core.types import Cohort, ServerState
 from fedkeel.kernels import combine, distance, neighbours, order, sketch
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Kept = Mapping[str, Tensor]
 _LEAST = 1e-2  # of the largest weight: less is none
 _TINY = 1e-300
@@ -48,7 +49,10 @@ def equal(cohort: Cohort, state: ServerState) -> Tensor:
 
 @rule("weigher")
 def device_share(
-    cohort: Cohort, state: ServerState, *, shares: Mapping[str, Annotated[float, Field(ge=0)]] | None = None
+    cohort: Cohort,
+    state: ServerState,
+    *,
+    shares: Mapping[str, Share] | None = None,
 ) -> Tensor:
     """What share each group of devices has in the population, as the job declares it: `shares={'phone-*': 0.7}`.
 

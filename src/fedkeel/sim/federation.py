@@ -75,6 +75,13 @@ class Federation:
         with _about("model.loss"):
             _try_loss(module, pool, work)
         layout = Layout.of(module, job.model.private)
+        with _about("train.corrections"):
+            work.check()
+            apart = [r for r in work.corrections if "shared_only" in r.definition.traits]
+            if apart and layout.width > layout.columns:
+                raise InputError(
+                    f"'{apart[0]!r}' can not correct private layers: leave out model.private, or choose another"
+                )
         if layout.width > layout.columns and holdout is None:
             raise InputError(
                 "model.private keeps layers on the clients, so each client's own model must be tested: "

@@ -74,11 +74,12 @@ def dirichlet(
 
 
 @rule("partition")
-def shards(pool: Pool, clients: int, key: Key, *, classes_per_client: Count) -> Split:
+def shards(pool: Pool, clients: int, key: Key, *, classes_per_client: Count, even: bool = True) -> Split:
     """Give every client examples of k classes only: #C=k of NIID-Bench (Li et al. 2022, section 4.1).
 
     A client draws its classes among those that the fewest clients hold so far, so each class has equally many
-    holders to within one (NIID-Bench draws all but the first freely); they share its examples equally.
+    holders to within one; they share its examples equally. With even=False it is drawn as in NIID-Bench's code: client
+    i holds class i, counted round, and draws the others freely, so that clients differ in size as well.
     """
     labels = _labels(pool, "shards")
     _room(pool, clients, 1)
@@ -92,7 +93,9 @@ def shards(pool: Pool, clients: int, key: Key, *, classes_per_client: Count) -> 
     rng = key.numpy()
     holders: list[list[int]] = [[] for _ in present]
     for client in range(clients):
-        held = np.array([len(h) for h in holders]) + rng.random(len(present))  # fewest first, ties at random
+        held = np.array([len(h) for h in holders]) * even + rng.random(len(present))  # fewest first, ties at random
+        if not even:
+            held[client % len(present)] = -1
         for label in np.argsort(held)[:classes_per_client]:
             holders[label].append(client)
     parts: list[list[Indices]] = [[] for _ in range(clients)]

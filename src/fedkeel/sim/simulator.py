@@ -219,7 +219,9 @@ class Simulator:
 
     def _task(self, client: str, key: Key) -> Task:
         memory = self.memory.of(client)
-        return Task(self._index[client], key, memory.get("private", self._private), memory)
+        kept = {r.name: memory.get(device.CORRECTION + r.name) for r in self.federation.work.corrections}
+        known = {name: vector for name, vector in kept.items() if vector is not None}
+        return Task(self._index[client], key, memory.get("private", self._private), known)
 
     def _claims(self, order: orders.Train, done: Trained) -> Claims:
         digest = self.federation.layout.digest

@@ -41,6 +41,13 @@ class Told(NamedTuple):
     control: Sequence[Tensor | None]
     shift: Tensor | None
 
+    def to(self, device: torch.device) -> Told:
+        """The same on the device."""
+        memory, control, (shift,) = (
+            [t if t is None else t.to(device) for t in part] for part in (self.memory, self.control, [self.shift])
+        )
+        return Told(memory, control, shift)
+
 
 class Outcome(NamedTuple):
     """What a client's training came to, beside the vector. The loss is the mean over the steps."""
@@ -78,7 +85,7 @@ def epoch_order(key: Key, epoch: int, num_examples: int) -> Tensor:
     return torch.randperm(num_examples, generator=key.fold("batches", epoch).torch())
 
 
-def told(rules: Sequence[Rule], memory: Mapping[str, Tensor], control: Mapping[str, Tensor], layout: Layout) -> Told:
+def tell(rules: Sequence[Rule], memory: Mapping[str, Tensor], control: Mapping[str, Tensor], layout: Layout) -> Told:
     """What corrections are told of vectors (P,) under their names: over the trainable columns, 0 where unknown."""
 
     def spread(vectors: Mapping[str, Tensor], rule: Rule) -> Tensor:
@@ -156,7 +163,7 @@ class Client:
             else:
                 vector[: shared.start] = task.private[: shared.start]
                 vector[shared.stop :] = task.private[shared.start :]
-            self.step.begin(told(work.corrections, task.memory, control, self.layout))
+            self.step.begin(tell(work.corrections, task.memory, control, self.layout))
             with seeded(task.key.fold("model"), vector.device):
                 return self._epochs(task)
 

@@ -33,7 +33,7 @@ class LoopStep:
         return torch.no_grad()
 
     def begin(self, told: Told) -> None:
-        self.told = told
+        self.told = told.to(self.vector.device)
         self.theta0 = self.theta.clone()
         self.slots = [torch.full_like(self.theta, value) for value in self.work.slots]
         self.clock = torch.zeros((), dtype=torch.float64, device=self.vector.device)

@@ -28,7 +28,7 @@ from fedkeel.train.client import (
     seeded,
     single_thread,
     succeeded,
-    told,
+    tell,
 )
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trained
 from fedkeel.train.emit import Program, StepFunction
@@ -63,7 +63,7 @@ class Rows:
         columns = {e.name for e in layout.entries}
         self.state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
         self.vectors = {"w": self._matrix(layout.width)}
-        nothing = told(work.corrections, {}, {}, layout)
+        nothing = tell(work.corrections, {}, {}, layout)
         self.dials = {f"dial.{i}": c for i, c in enumerate(nothing.control) if work.corrections[i].reads("dial")}
         for name, vector in self._named(nothing).items():
             if name not in self.dials and vector is not None:
@@ -141,7 +141,7 @@ class Rows:
                 start[shared.stop :] = task.private[shared.start :]
             self._put("w", at, start)
             self._put("theta0", at, start[layout.trainable])
-            for name, vector in self._named(told(rules, task.memory, control, layout)).items():
+            for name, vector in self._named(tell(rules, task.memory, control, layout)).items():
                 if name in self.dials and vector is not None:
                     self.views[name][at].copy_(vector)
                 elif vector is not None:

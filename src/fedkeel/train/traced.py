@@ -12,11 +12,11 @@ from torch.func import functional_call
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.train.client import Told, batches, seeded, told
+from fedkeel.train.client import Told, batches, seeded, tell
 from fedkeel.train.contract import ClientData, LocalWork, Prepare
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
-from fedkeel.train.record import Graph, Recorder, replace
+from fedkeel.train.record import Graph, Recorder
 
 _ELEMENTWISE = "elementwise"
 
@@ -46,8 +46,7 @@ class TracedStep:
         self.initial_state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
         self.state = {n: b.clone() for n, b in self.initial_state.items()}
         self.theta0 = self.theta.clone() if work.corrections else self.theta
-        nothing = told(work.corrections, {}, {}, layout)
-        self.told = Told(*(replace(part, lambda t: t.to(device) if isinstance(t, Tensor) else t) for part in nothing))
+        self.told = tell(work.corrections, {}, {}, layout).to(device)
         self.slots = torch.zeros(len(work.slots), len(self.theta), device=device)
         self.clock = torch.zeros((), dtype=torch.float64, device=device)
         self.arrange = _as_it_is if as_it_is else arranger(self.module, data.x, data.prepare)
@@ -86,6 +85,7 @@ class TracedStep:
         found["clock"] = self.clock
         flat = {"theta": self.theta, "theta0": self.theta0}
         flat |= {f"slot.{i}": slot for i, slot in enumerate(self.slots)}
+        dials = {f"control.{i}" for i, rule in enumerate(self.work.corrections) if rule.reads("dial")}
         for i, (c_i, c) in enumerate(zip(self.told.memory, self.told.control, strict=True)):
             flat |= {f"{kind}.{i}": t for kind, t in (("memory", c_i), ("control", c)) if t is not None}
         if self.told.shift is not None:
@@ -96,7 +96,7 @@ class TracedStep:
                 if entry.trainable:
                     columns = self.layout.offsets[entry.name]
                     # A dial is the same for every tensor.
-                    found[f"{name}/{entry.name}"] = vector[columns] if len(vector) == len(self.theta) else vector
+                    found[f"{name}/{entry.name}"] = vector if name in dials else vector[columns]
         return found
 
     def _step(self, size: int) -> StepFunction:

@@ -1,8 +1,8 @@
 /* Convolutions of small images, a batch at a time. Included once for each instruction set, after simd.h.
 
    Images lie batch-last, (channels, height, width, lanes), the lanes being the examples of the batch and zeros up to a
-   multiple of 16. So every vector is full whatever the image's size, and the pixels of a row, of all examples, are one run of
-   memory, which a kernel's column moves along by `lanes`. Sums run in an order that depends on the shapes and the set
+   multiple of 16. So every vector is full whatever the image's size, and the pixels of a row, of all examples, are one
+   run of memory, which a kernel's column moves along by `lanes`. Sums run in an order that depends on the shapes and the set
    alone. */
 
 typedef int32_t NAME(bits) __attribute__((vector_size(4 * V)));
@@ -19,7 +19,7 @@ static void NAME(widen)(const float *x, long rows, long width, long pad, long la
 }
 
 /* `m` output channels at one row, `wide` vectors of its run. x is widened; the kernel's rows [from, to) meet the image;
-   w[k * ldw] are the weights of one input channel's pixel. */
+   w are the weights from (in, kh, kw, out), at the first of these channels. */
 INLINE void NAME(pixels)(const int m, const int wide, const conv *s, const float *x, long width, long from, long to,
                          const float *w, const float *bias, float *out) {
     vec sum[CONV_M][CONV_WIDE];
@@ -95,8 +95,8 @@ static void NAME(conv_forward)(const conv *s, const float *x, const float *w, co
     NAME(convolve)(s, x, s->packed, bias, out);
 }
 
-/* The gradient of the inputs is the convolution of that of the outputs with the kernels turned round: `s` has in and out
-   exchanged, and the padding that this takes. w is (in, out, kh, kw) as `s` counts them. */
+/* The gradient of the inputs is the convolution of that of the outputs with the kernels turned round: `s` has in and
+   out exchanged, and the padding that this takes. w is (in, out, kh, kw) as `s` counts them. */
 static void NAME(conv_data)(const conv *s, const float *g, const float *w, float *out) {
     const long kernel = s->kh * s->kw;
     for (long i = 0; i < s->in; i++)
@@ -106,7 +106,7 @@ static void NAME(conv_data)(const conv *s, const float *g, const float *w, float
     NAME(convolve)(s, g, s->packed, 0, out);
 }
 
-/* Weights (m, n) of m output channels and n neighbouring columns of the kernel: inner products of runs, over all rows. */
+/* Weights (m, n) of m output channels and n neighbouring columns of the kernel: inner products of runs, over rows. */
 INLINE void NAME(inner)(const int m, const int n, const conv *s, const float *g, const float *x, long width, long from,
                         long to, float *out) {
     vec sum[CONV_G][5];
@@ -191,9 +191,9 @@ static void NAME(pool)(const conv *s, const float *x, float *out, float *which) 
                 vec most = LOAD(corner + b), at = {0};
                 for (long kh = 0, k = 0; kh < s->kh; kh++)
                     for (long kw = 0; kw < s->kw; kw++, k++) {
-                        const vec x = LOAD(corner + (kh * s->width + kw) * lanes + b);
-                        const NAME(bits) better = (x > most) | (x != x);
-                        most = (vec)((better & (NAME(bits))x) | (~better & (NAME(bits))most));
+                        const vec pixel = LOAD(corner + (kh * s->width + kw) * lanes + b);
+                        const NAME(bits) better = (pixel > most) | (pixel != pixel);
+                        most = (vec)((better & (NAME(bits))pixel) | (~better & (NAME(bits))most));
                         at = (vec)((better & (NAME(bits))((vec){0} + (float)k)) | (~better & (NAME(bits))at));
                     }
                 STORE(out + b, most);
