@@ -48,7 +48,11 @@ METHODS: dict[str, Sections] = {
     "FedAvgM": {"server": {"optimiser": "momentum(beta=0.5)"}},
     "FedAdam": {"server": {"optimiser": "adam(lr=0.003)"}},
 }
-CENTRALISED = "centralised"
+CENTRALISED, LARGE = "centralised", "one large step, FedAdam"
+METHODS[LARGE] = {
+    "train": {"stopping": "steps(steps=1)", "batch_size": 1000, "lr": 0.1, "optimiser": "sgd", "corrections": ()},
+    "server": {"optimiser": "adam(lr=0.01, beta2=0.95, tau=0.000001)"},
+}
 
 
 def cells() -> Iterator[resumable.Cell]:
@@ -57,9 +61,12 @@ def cells() -> Iterator[resumable.Cell]:
     def cell(seed: int, partition: str, method: str) -> resumable.Cell:
         return {"seed": seed, "partition": partition, "method": method}
 
+    yield from (cell(seed, "#C=1", LARGE) for seed in range(3))
+    yield cell(0, "#C=2", LARGE)
     for partition in ("#C=2", "#C=3", "Dirichlet(0.5)", "IID"):
         yield from (cell(0, partition, method) for method in PUBLISHED)
     yield from (cell(0, "#C=1", method) for method in PUBLISHED)
+    yield from (cell(0, "#C=2, even", method) for method in METHODS)
     yield cell(0, "IID", CENTRALISED)
     for seed in (1, 2):
         for partition in ("#C=3", "Dirichlet(0.5)"):

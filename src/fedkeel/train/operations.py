@@ -114,12 +114,8 @@ def _into_velocities(operations: list[Operation]) -> list[Operation]:
         product = operations[source]
         if source < 0 or not product.is_product or product.start != ZERO or add.n != product.m * product.n:
             continue
-        between_them = operations[source:at]
-        if (
-            add.alpha != 1
-            or any(one.out[:2] in (other[:2], v[:2]) for one in between_them)
-            or _readers(between_them, v)
-        ):
+        meanwhile = operations[source:at]
+        if add.alpha != 1 or any(one.out[:2] in (other[:2], v[:2]) for one in meanwhile) or _readers(meanwhile, v):
             continue
         operations[source] = replace(
             product, start=BLEND, keep=scale.alpha, beta=beta, c=(*other[:2], product.n), out=(*v[:2], product.n)
