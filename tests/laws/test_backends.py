@@ -85,6 +85,7 @@ def test_corrections_that_add_the_weights_twice_are_added_once_each(name: str, b
 @pytest.mark.parametrize("backend", FAST)
 def test_a_rule_that_looks_at_the_losses_stops_alike(backend: str) -> None:
     both(CASES["mlp"], backend, work_of(CASES["mlp"], stopping=build("stopping", "test_until_lower")))
+    both(CASES["mlp"], backend, work_of(CASES["mlp"], stopping=build("stopping", "plateau", epsilon=0.05, most=6)))
 
 
 def test_batch_norm_fits_the_rows_when_no_batch_is_partial() -> None:
@@ -179,3 +180,31 @@ def test_a_loss_that_becomes_nan_ends_that_client_alone(backend: str, workers: i
         assert found[client].failure is None
         assert math.isfinite(found[client].loss)
         assert bool(found[client].delta.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("means", "asked"),
+    [
+        ([], 1),
+        ([2.0], 2),
+        ([2.0, 1.99], 3),
+        ([2.0, 1.99, 1.985], 3),  # twice running: enough
+        ([2.0, 1.0, 0.99], 4),
+        ([2.0, 1.0, 0.99, 0.5, 0.49, 0.48], 6),
+        ([5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.1], 7),  # at most
+    ],
+)
+def test_a_plateau_is_two_epochs_that_change_little(means: list[float], asked: int) -> None:
+    rule = build("stopping", "plateau", epsilon=0.02, most=7)
+    losses = [mean + off for mean in means for off in (-0.3, 0.1, 0.2)]  # three steps an epoch
+    assert rule(12, 5, losses) == 3 * asked
+
+
+def test_a_plateau_saves_steps_where_the_data_is_learnt() -> None:
+    case = replace(CASES["mlp"])
+    module, data = module_of(case), data_of(case)
+    layout = Layout.of(module)
+    work = replace(work_of(case, stopping=build("stopping", "plateau", epsilon=0.5, most=9)), lr=0.0001)
+    done = make_trainer("loop", module, layout, data, work).train(layout.flatten(module), tasks_of(data, layout))
+    epochs = {t.client: t.steps / -(-data.count(t.client) // work.batch_size) for t in done}
+    assert set(epochs.values()) == {3.0}

@@ -7,6 +7,8 @@ steps than were done. A last partial batch counts as a step.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -27,3 +29,26 @@ def whole_epochs(
 def fixed_steps(num_examples: int, batch_size: int, losses: Sequence[float], *, steps: Annotated[int, Ge(1)]) -> int:
     """So many steps for every client, whatever its data; a client with fewer batches starts over, reshuffled."""
     return steps
+
+
+@rule("stopping")
+def plateau(
+    num_examples: int,
+    batch_size: int,
+    losses: Sequence[float],
+    *,
+    epsilon: Annotated[float, Ge(0)],
+    checks: Annotated[int, Ge(1)] = 2,
+    most: Annotated[int, Ge(1)] = 10,
+) -> int:
+    """Epochs until their mean loss has changed by less than `epsilon`, `checks` times running; at most `most`.
+
+    The training loss that the steps report themselves, averaged over each epoch: no more is computed. Clients whose
+    data is learnt do fewer steps; where they must not pull less for that, put `fednova` first in aggregate.mix.
+    """
+    epoch = max(1, -(-num_examples // batch_size))
+    done = len(losses) // epoch
+    means = [math.fsum(losses[at * epoch : (at + 1) * epoch]) / epoch for at in range(done)]
+    still = [abs(after - before) < epsilon for before, after in itertools.pairwise(means)]
+    over = done >= most or (len(still) >= checks and all(still[-checks:]))
+    return done * epoch if over else (done + 1) * epoch
