@@ -20,6 +20,7 @@ from typing import Any
 
 import defence_tables
 import detection
+import localwork
 import methods
 import niid
 import outofcore
@@ -82,6 +83,8 @@ def write_tables() -> None:
         text = replaced(text, "published", published.table(resumable.read(published.RESULTS)))
     if niid.RESULTS.exists():  # by benchmarks/niid.py
         text = replaced(text, "niid", niid.table(resumable.read(niid.RESULTS)))
+    if localwork.RESULTS.exists():  # by benchmarks/localwork.py
+        text = replaced(text, "localwork", localwork.table(resumable.read(localwork.RESULTS)))
     text = replaced(text, "methods", methods.table(results["methods"])) if "methods" in results else text
     text = replaced(text, "outofcore", outofcore.table(results["outofcore"])) if "outofcore" in results else text
     page.write_text(text)
