@@ -359,3 +359,15 @@ for name, traits, hooks in (
     def bad(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Tensor | None) -> Tensor:
         """Does nothing, with a hook that is wrong (tests)."""
         return g
+
+
+@rule("correction", name="test_whole")
+def whole(g: Tensor, theta: Tensor, theta0: Tensor, c_i: Tensor | None, c: Tensor | None) -> Tensor:
+    """Knows its three columns (tests)."""
+    return g * torch.tensor([1.0, 0.5, 1.0])
+
+
+def test_a_correction_that_looks_at_all_columns_is_no_part_of_what_steps_are_worth() -> None:
+    simulator, state = simulate(40, train={"corrections": ("test_whole", "scaffold")})
+    assert simulator.federation.work.worth(torch.tensor([4])).tolist() == pytest.approx([4])
+    torch.testing.assert_close(state.control["scaffold"], mean_kept(simulator, state), atol=1e-5, rtol=1e-5)

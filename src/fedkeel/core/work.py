@@ -57,7 +57,7 @@ class LocalWork:
 
         A model that starts where it should be and is shifted by 1 in every step moves by -lr * |a|_1 (Wang et al. 2020,
         section 4): found by taking those steps with the very rules. A correction with a dial, which changes from round
-        to round, is left out. Under an optimiser that is not linear a shift acts beside it: the steps themselves.
+        to round, is left out, and so is one that looks at all columns at once. Under an optimiser that is not linear a shift acts beside it: the steps themselves.
         """
         counts = [min(max(k, 0), _MOST_STEPS) for k in steps.tolist()]
         if not self.linear:
@@ -109,7 +109,7 @@ def _steps(work: LocalWork) -> Iterator[float]:
         with torch.no_grad():
             g = zero
             for rule in work.corrections:
-                if not rule.reads("dial"):
+                if "elementwise" in rule.definition.traits and not rule.reads("dial"):
                     c_i, c = (zero if rule.reads(trait) else None for trait in ("memory", "control"))
                     g = rule(g, theta, start, c_i, c)
             clock.add_(1)
