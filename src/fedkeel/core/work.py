@@ -57,7 +57,8 @@ class LocalWork:
 
         A model that starts where it should be and is shifted by 1 in every step moves by -lr * |a|_1 (Wang et al. 2020,
         section 4): found by taking those steps with the very rules. A correction with a dial, which changes from round
-        to round, is left out, and so is one that looks at all columns at once. Under an optimiser that is not linear a shift acts beside it: the steps themselves.
+        to round, is left out, and so is one that looks at all columns at once. Under an optimiser that is not linear
+        a shift acts beside it: the steps themselves.
         """
         counts = [min(max(k, 0), _MOST_STEPS) for k in steps.tolist()]
         if not self.linear:
