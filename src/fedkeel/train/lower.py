@@ -79,13 +79,13 @@ class Lowered:
         self._kept.append(shift := torch.tensor(scale.shift))
         name = "gather_bytes" if dtype == torch.uint8 else "gather_floats"
         width = self._graph.tensors[value].numel() // size
-        places = self._flat(Ref(value)), (X, 0, 0), (ROWS, 0, 0), (FIXED, shift.data_ptr(), 0)
+        places = self.flat(Ref(value)), (X, 0, 0), (ROWS, 0, 0), (FIXED, shift.data_ptr(), 0)
         self._emit(name, *places, m=size, n=width, alpha=scale.factor)
 
     def _gather_labels(self, value: int, size: int) -> None:
         if self._graph.tensors[value].shape != (size,):
             raise NotTraceableError("a target that is not one class each has no compiled kernel")
-        self._emit("gather_labels", self._flat(Ref(value), torch.int64), (Y, 0, 0), (ROWS, 0, 0), m=size)
+        self._emit("gather_labels", self.flat(Ref(value), torch.int64), (Y, 0, 0), (ROWS, 0, 0), m=size)
 
     @staticmethod
     def _is_look(graph: Graph, node: Node) -> bool:
@@ -160,10 +160,6 @@ class Lowered:
             self._which[value] = self._room(4 * self._features(like) * self.lanes)
         return FIXED, self._which[value], 1
 
-    def flat(self, argument: Any) -> Place:
-        """A tensor that lies in one piece, row after row."""
-        return self._flat(argument)
-
     def matrix(self, argument: Any) -> _Matrix:
         """A matrix as it lies in memory."""
         tensor = self.float32(argument)
@@ -178,7 +174,7 @@ class Lowered:
             return _Matrix(*self._place(argument.value), across, rows, columns, True)
         raise NotTraceableError("a product of scattered memory has no compiled kernel")
 
-    def _flat(self, argument: Any, dtype: torch.dtype = torch.float32) -> Place:
+    def flat(self, argument: Any, dtype: torch.dtype = torch.float32) -> Place:
         """(base, address, elements apart) of a tensor that lies in one piece."""
         tensor = self.float32(argument) if dtype == torch.float32 else self._graph.tensors[argument.value]
         if tensor.dtype != dtype:
@@ -235,7 +231,7 @@ class Lowered:
         if row is not None:
             if self.float32(row).shape != (out.columns,):
                 raise NotTraceableError("broadcasting has no compiled kernel")
-            added = self._flat(row)
+            added = self.flat(row)
         self._emit(name, *places, added, m=out.rows, n=out.columns, k=a.columns, start=start, alpha=alpha)
 
     def elementwise(self, name: str, out: int, a: Any, b: Any = None, alpha: float = 1.0) -> None:
@@ -248,41 +244,41 @@ class Lowered:
             count = self._features(out) * self.lanes
             self._emit(name, self.last(out, new=True), *places, n=count, alpha=alpha)
             return
-        self._emit(name, self._flat(Ref(out)), *map(self._flat, given), n=count, alpha=alpha)
+        self._emit(name, self.flat(Ref(out)), *map(self.flat, given), n=count, alpha=alpha)
 
     def stretch(self, name: str, out: Any, a: Any, b: Any = None, alpha: float = 1.0) -> None:
         """The same over tensors of as many elements each, whatever their shapes."""
         given = (out, a) if b is None else (out, a, b)
-        places = [self._flat(argument) for argument in given]
+        places = [self.flat(argument) for argument in given]
         self._emit(name, *places, n=self.float32(out).numel(), alpha=alpha)
 
     def scaled_by(self, out: int, a: Any, number: Any) -> None:
         """out[j] = a[j] * number, one that lies in memory."""
         count = self._elements(a, Ref(out))
-        self._emit("scale_by", self._flat(Ref(out)), self._flat(a), self._flat(number), n=count)
+        self._emit("scale_by", self.flat(Ref(out)), self.flat(a), self.flat(number), n=count)
 
     def tick(self, clock: Any) -> None:
         """One more step."""
-        self._emit("tick", self._flat(clock, torch.float64))
+        self._emit("tick", self.flat(clock, torch.float64))
 
     def adam(self, arguments: Sequence[Any], numbers: Sequence[float], lr: float) -> None:
         """`rules/optimiser.py`'s, in one pass."""
         theta, g, clock, *slots = arguments
-        (base, m, _), (_, v, _) = map(self._flat, slots)
+        (base, m, _), (_, v, _) = map(self.flat, slots)
         self._kept.append(kept := torch.tensor(numbers, dtype=torch.float64))
-        places = self._flat(g), (base, m, (v - m) // 4), (FIXED, kept.data_ptr(), 0), self._flat(clock, torch.float64)
-        self._emit("adam", self._flat(theta), *places, n=self.float32(theta).numel(), alpha=lr)
+        places = self.flat(g), (base, m, (v - m) // 4), (FIXED, kept.data_ptr(), 0), self.flat(clock, torch.float64)
+        self._emit("adam", self.flat(theta), *places, n=self.float32(theta).numel(), alpha=lr)
 
     def by_rows(self, name: str, out: int, a: Any, b: Any = None) -> None:
         """Over the last dimension, which the classes are in."""
         given = (a,) if b is None else (a, b)
         count, last = self._elements(*given, Ref(out)), self.float32(a).shape[-1]
-        self._emit(name, self._flat(Ref(out)), *map(self._flat, given), m=count // last, n=last)
+        self._emit(name, self.flat(Ref(out)), *map(self.flat, given), m=count // last, n=last)
 
     def loss(self, name: str, out: int, a: Any, labels: Any, matrix: Any) -> None:
         """Between a value per example and a matrix (examples, classes), by the labels."""
         rows, classes = self.float32(matrix).shape
-        self._emit(name, self._flat(Ref(out)), self._flat(a), self._flat(labels, torch.int64), m=rows, n=classes)
+        self._emit(name, self.flat(Ref(out)), self.flat(a), self.flat(labels, torch.int64), m=rows, n=classes)
 
     def ones(self, count: int) -> _Matrix:
         """A row of ones."""
@@ -291,6 +287,6 @@ class Lowered:
 
     def row(self, value: int) -> _Matrix:
         """A flat tensor as a matrix of one row."""
-        base, at, _ = self._flat(Ref(value))
+        base, at, _ = self.flat(Ref(value))
         count = self._graph.tensors[value].numel()
         return _Matrix(base, at, count, 1, count, False)
