@@ -141,6 +141,15 @@ def test_auto_chooses_a_backend_that_its_name_rebuilds(make: type[nn.Module]) ->
     assert all(torch.equal(t.delta, first[t.client]) for t in again.train(theta, tasks))
 
 
+@pytest.mark.skipif(isinstance(native.library(), str), reason="no compiled kernels")
+@pytest.mark.parametrize(("batch", "expected"), [(8, "traced"), (64, "native")])
+def test_auto_leaves_a_large_convolution_with_a_small_batch_to_pytorch(batch: int, expected: str) -> None:
+    module = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Flatten(), nn.Linear(64 * 4, 2))
+    data = ClientData(torch.randn(70, 32, 4, 4), torch.randint(2, (70,)), torch.tensor([0, 70]))
+    work = LocalWork(batch, 0.1, build("stopping", "epochs"), build("loss", "cross_entropy"))
+    assert make_trainer("auto", module, Layout.of(module), data, work, workers=1).name == expected
+
+
 def test_a_client_without_examples_fails_alone() -> None:
     module, layout, data, work = small(nn.Linear(8, 2))
     data = ClientData(data.x, data.y, torch.tensor([0, 5, 5, 12]))

@@ -1,9 +1,8 @@
-"""Which backend trains: by name, or the fastest of those that fit the module."""
+"""Which backend trains: by name, or the first of those that fit the module."""
 
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import replace
 
 import torch
@@ -26,6 +25,7 @@ backends = ("auto", "loop", "rows", "traced", "native")
 LANES = {"cpu": 4, "cuda": 16}  # clients side by side in the rows backend
 _RECORDED_EARLY = 64  # batch sizes: so many are recorded once for all workers, the others by each when it meets them
 MOST_WORKERS = 64
+_LARGE_CONVOLUTION, _ENOUGH_EXAMPLES = 1 << 14, 64  # weights; in a batch
 _TOLERANCE = 1e-3  # relative, of three steps' delta: far above rounding, far below what a wrong step differs by
 
 
@@ -40,7 +40,7 @@ def make_trainer(
     device: str | torch.device = "cpu",
     workers: int | None = None,
 ) -> Trainer:
-    """The trainer behind a name: `loop`, `traced`, `native`, `rows`, or `auto` for the fastest that fits.
+    """The trainer behind a name: `loop`, `traced`, `native`, `rows`, or `auto` for the one expected to be fastest.
 
     A trainer's `name` says which it is. `workers` (default: one a core) are processes on the CPU, each with one
     thread; a client's result does not depend on how many there are. The module is copied, and never changed. Raises
@@ -55,7 +55,7 @@ def make_trainer(
     # A larger batch is the same batch, and would only cost memory where batches are padded.
     work = replace(work, batch_size=min(work.batch_size, int(data.offsets.diff().max())))
     if backend == "auto":
-        backend = _fastest(module, layout, data, work)
+        backend = _chosen(module, layout, data, work)
     elif reason := fits(backend, module, layout, data, work):
         raise InputError(f"backend '{backend}' does not fit this model: {reason}; write 'auto' or 'loop'")
     if backend == "rows":
@@ -131,34 +131,14 @@ def _step(backend: str, module: nn.Module, layout: Layout, data: ClientData, wor
     return kind(module, layout, data, work, sizes if early else {size})
 
 
-def _fastest(module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> str:
-    """Time a few steps of the backends that fit; the plain loop always does.
+def _chosen(module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> str:
+    """The first that fits, in the order of what they took when measured (docs/benchmarks.md); the loop always fits.
 
-    On a CPU the rows compete only where the step cannot be traced: one thread runs one traced client faster.
+    Nothing is timed here: the same job is trained by the same backend, whatever else the machine is doing.
     """
-    on_cpu = data.x.device.type == "cpu"
-    candidates = ["loop"]
-    for backend in ("traced", "native", "rows") if on_cpu else ("rows", "traced"):
-        if backend == "rows" and on_cpu and "traced" in candidates:
-            continue
-        if fits(backend, module, layout, data, work) is None:
-            candidates.append(backend)
-    return min(candidates, key=lambda backend: _seconds(backend, module, layout, data, work))
-
-
-def _seconds(backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> float:
-    """The time of one client's four steps in one thread: the smallest of three tries."""
-    clients = LANES[data.x.device.type] if backend == "rows" else 1
-    size = work.batch_size
-    rows = torch.arange(clients * size, device=data.x.device) % len(data.x)
-    sample = ClientData(data.x[rows], data.y[rows], torch.arange(clients + 1) * size, data.prepare)
-    few = replace(work, stopping=build("stopping", "steps", steps=4))
-    trainer = _plain(backend, module, layout, sample, few, clients)
-    theta = layout.flatten(module)[layout.shared].to(data.x.device)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in trainer.train(theta, [Task(client, Key.root(client)) for client in range(clients)]):
-            pass
-        times.append(time.perf_counter() - start)
-    return min(times) / clients
+    order = ["native", "traced", "rows"] if data.x.device.type == "cpu" else ["rows", "traced"]
+    # A compiled convolution has the batch in its vectors, and sums again over large weights for every 64 examples.
+    large = any(isinstance(part, nn.Conv2d) and part.weight.numel() > _LARGE_CONVOLUTION for part in module.modules())
+    if large and work.batch_size < _ENOUGH_EXAMPLES and "native" in order:
+        order.remove("native")
+    return next((backend for backend in order if fits(backend, module, layout, data, work) is None), "loop")
