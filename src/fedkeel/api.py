@@ -19,7 +19,8 @@ from fedkeel.core.types import ClientMemory, RoundReport, ServerState
 from fedkeel.ship import card, checkpoint, stored
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
-from fedkeel.sim.federation import Federation, Value
+from fedkeel.sim.evaluation import Figures, Value
+from fedkeel.sim.federation import Federation
 from fedkeel.sim.pool import label_histogram
 from fedkeel.sim.simulator import Simulator
 from fedkeel.train import Prepare, Trainer
@@ -119,9 +120,12 @@ class Run:
         with self.dir.ledger(readonly=True) as ledger:
             return ledger.rounds()
 
-    def final(self, name: str = "accuracy") -> dict[str, Any] | None:
-        """The last row of a metric, or None when the run does not have it."""
-        rows = [r for r in self.metrics if r["name"] == name and r["scope"] == "global"]
+    def final(self, name: str = "accuracy", scope: str = "global") -> dict[str, Any] | None:
+        """The last row of a metric, or None when the run does not have it.
+
+        The scope says of what: `global`, `clients` (all clients' own models), `client/NAME`, `group/NAME`.
+        """
+        rows = [r for r in self.metrics if r["name"] == name and r["scope"] == scope]
         return rows[-1] if rows else None
 
     def report(self) -> Path:
@@ -221,11 +225,13 @@ class _Record:
             rounds = self.federation.job.rounds
             self.watch(Progress(self.directory.path, report.round, rounds, self._latest, used, refused, report.skipped))
 
-    def metrics(self, round: int, version: int, values: Mapping[str, Value], examples: int) -> None:
-        self.ledger.write_metrics(round, version, values, examples)
-        self._latest = values
+    def metrics(self, round: int, version: int, figures: Sequence[Figures]) -> None:
+        with self.ledger.transaction():
+            for found in figures:
+                self.ledger.write_metrics(round, version, found.values, found.examples, found.scope)
+        self._latest = figures[0].values
         if round == 0 and self.watch is not None:
-            self.watch(Progress(self.directory.path, 0, self.federation.job.rounds, values, 0, 0, None))
+            self.watch(Progress(self.directory.path, 0, self.federation.job.rounds, self._latest, 0, 0, None))
 
     def checkpoint(self, state: ServerState, memory: ClientMemory, now: float) -> None:
         digest = self.federation.layout.digest

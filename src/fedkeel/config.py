@@ -32,6 +32,9 @@ class Data(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of each client's examples kept back to test that client's own model"
     )
+    pooled: bool = Field(
+        False, description="put the clients' examples together and train on them centrally: a baseline"
+    )
 
 
 class Model(Section):
@@ -39,7 +42,9 @@ class Model(Section):
 
     build: str = Field("mlp", description="`fedkeel rules model`")
     loss: str = Field("cross_entropy", description="`fedkeel rules loss`")
-    private: tuple[str, ...] = Field((), description="name patterns of layers that stay on the client, as 'head.*'")
+    private: tuple[str, ...] = Field(
+        (), description="name patterns of layers that stay on the client, as 'head.*'; '*': each client trains alone"
+    )
     version: str = Field("1.0.0", description="semantic version of the model card")
 
 
@@ -51,6 +56,7 @@ class Train(Section):
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
     corrections: tuple[str, ...] = Field((), description="changes to the local gradient: `fedkeel rules correction`")
+    objective: str = Field("plain", description="what the steps descend: `fedkeel rules objective`")
     backend: str = Field("auto", description="auto, native, traced, rows or loop: the same results, at different speed")
     device: str = Field("cpu", description="cpu or cuda")
     workers: Positive | None = Field(None, description="worker processes; one a core when left out")
@@ -135,6 +141,14 @@ class Record(Section):
     contribution: str | None = Field(
         None, description="what each client was worth, in every round: `fedkeel rules contribution`"
     )
+    fine_tune: str | None = Field(
+        None,
+        description="steps that a client takes from the shared model on its own data before its own is tested: "
+        "`fedkeel rules stopping`; none when left out",
+    )
+    groups: Mapping[str, str] = Field(
+        {}, description="groups of clients to measure together, by name pattern: {phones = 'phone-*'}"
+    )
 
 
 class Job(Section):
@@ -175,6 +189,8 @@ class Job(Section):
             raise InputError(
                 f"aggregate.hostile = {self.aggregate.hostile} is for aggregate.reduce = 'auto' alone: leave out one"
             )
+        if self.data.pooled and self.attack.clients:
+            raise InputError("data.pooled leaves no clients to be hostile: leave out attack.clients")
         if (self.select.cohort or 1) > self.data.clients:
             raise InputError(
                 f"select.cohort = {self.select.cohort} is more than data.clients = {self.data.clients}: lower it"
@@ -183,7 +199,7 @@ class Job(Section):
     @property
     def cohort(self) -> int:
         """How many clients take part in a round."""
-        return self.select.cohort or self.data.clients
+        return 1 if self.data.pooled else self.select.cohort or self.data.clients
 
     @property
     def attacks(self) -> tuple[Rule, ...]:

@@ -6,8 +6,8 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fedkeel.core.errors import InputError, nearest
 
 Kind = Literal["param", "buffer", "private"]
+PERSONAL = "personal/"
+"""What the names of tensors begin with that a client has of its own, beside the module's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +44,25 @@ class Layout:
          `------- trainable -------'
                              `---- shared ----'
 
-    so that what is optimised and what travels are each one slice. An update has the P shared columns. Integer
+    so that what is optimised and what travels are each one slice. An update has the P shared columns, none where every
+    tensor is private. Integer
     buffers and parameters with `requires_grad = False` are no columns: a frozen base under LoRA adapters costs nothing.
     """
 
     entries: tuple[Entry, ...]
+    first: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, module: nn.Module, private: Sequence[str] = ()) -> Layout:
+    def of(
+        cls,
+        module: nn.Module,
+        private: Sequence[str] = (),
+        personal: Mapping[str, tuple[Tensor, bool]] | None = None,
+    ) -> Layout:
         """The layout of a module; `private` are name patterns (`head.*`) of tensors that stay on the client.
+
+        `personal` are tensors that each client has beside the module's: name -> first value, whether it is trained.
+        They are private, under the prefix `personal/`, and `first` holds the values.
 
         Raises `InputError` for a pattern that matches nothing, a complex tensor, or a module with nothing to train.
         """
@@ -73,9 +85,13 @@ class Layout:
             if pattern not in seen:
                 known = [e.name for e in found]
                 raise InputError(f"model.private '{pattern}' matches no tensor of the model: {nearest(pattern, known)}")
+        for name, (tensor, trained) in (personal or {}).items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            found.append(Entry(PERSONAL + name, tuple(tensor.shape), dtype, "private", trained))
         order = {("private", True): 0, ("param", True): 1, ("buffer", False): 2, ("private", False): 3}
-        layout = cls(tuple(sorted(found, key=lambda e: order[e.kind, e.trainable])))
-        if layout.columns == 0 or layout.trainable.stop == 0:
+        first = {PERSONAL + name: tensor.detach().clone() for name, (tensor, _) in (personal or {}).items()}
+        layout = cls(tuple(sorted(found, key=lambda e: order[e.kind, e.trainable])), first)
+        if layout.trainable.stop == 0 or (layout.params.stop == 0 and layout.columns):
             raise InputError("the model shares no trainable parameter: nothing can be federated")
         return layout
 
@@ -121,8 +137,8 @@ class Layout:
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
     def flatten(self, module: nn.Module) -> Tensor:
-        """The module's full vector (W,), float32, a copy."""
-        state = dict(module.named_parameters()) | dict(module.named_buffers())
+        """The module's full vector (W,), float32, a copy; personal tensors at their first value."""
+        state = dict(module.named_parameters()) | dict(module.named_buffers()) | dict(self.first)
         return torch.cat([state[e.name].detach().reshape(-1).to(torch.float32) for e in self.entries])
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
@@ -143,7 +159,8 @@ class Layout:
         state = dict(module.named_parameters()) | dict(module.named_buffers())
         with torch.no_grad():
             for name, value in self.views(vector).items():
-                state[name].copy_(value)
+                if name not in self.first:
+                    state[name].copy_(value)
 
     def slices(self, pattern: str) -> list[slice]:
         """Columns of an update (P,) whose names match the pattern, one slice per tensor."""

@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[str, str]] = {
     # kind: (contract, module that holds the built-in rules)
     "selector": ("(clients, count, round, key) -> ids", "fedkeel.rules.select"),
     "correction": ("(g, theta, theta0, c_i, c) -> g", "fedkeel.rules.local"),
+    "objective": ("(local) -> (losses to descend, losses (B,) to report)", "fedkeel.rules.objective"),
     "optimiser": ("(theta, g, slots, t, lr) -> None, in place", "fedkeel.rules.optimiser"),
     "stopping": ("(num_examples, batch_size, losses) -> steps wanted in all", "fedkeel.rules.stop"),
     "row_transform": ("(U, keys, memory) -> (U, memory)", "fedkeel.rules.rows"),

@@ -130,6 +130,30 @@ class Referee(Protocol):
         """What a client with these examples would send, (P,): the job's own local work."""
 
 
+Tensors = Mapping[str, Tensor]
+
+
+class Local(NamedTuple):
+    """What an objective is made of: a batch, and the models at hand, each as name -> tensor.
+
+    `run(model, x)` is the module's output with these tensors, `features(model, x)` the output and what its last layer
+    with parameters is given; `loss(output, y)` is the job's loss, (B,). `model` is the model being trained; `own` the
+    client's copy of it and `extra` its further numbers, for the traits that ask for them; `start` the parameters that
+    the client began the round with. `trained` names the parameters among them; the rest are buffers.
+    """
+
+    run: Callable[[Tensors, Tensor], Tensor]
+    features: Callable[[Tensors, Tensor], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor
+    y: Tensor
+    trained: tuple[str, ...]
+    model: Tensors
+    own: Tensors
+    extra: Tensors
+    start: Tensors
+
+
 @dataclass(frozen=True, slots=True)
 class Closed:
     """What a round that was applied tells the corrections about it.

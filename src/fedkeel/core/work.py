@@ -21,8 +21,8 @@ class LocalWork:
     """What every selected client does: steps of `optimiser` on batches drawn without replacement per epoch.
 
     `corrections` change the gradient of the trainable columns before the step, in order. `stopping` says how many
-    steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example; a
-    batch's loss is their mean.
+    steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example;
+    `objective` makes of the batch's what is descended, whose mean it is.
     """
 
     batch_size: int
@@ -31,6 +31,7 @@ class LocalWork:
     loss: Rule
     corrections: tuple[Rule, ...] = ()
     optimiser: Rule = field(default_factory=lambda: build("optimiser", "sgd"))
+    objective: Rule = field(default_factory=lambda: build("objective", "plain"))
     _known: _Response = field(default_factory=lambda: _Response(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +47,22 @@ class LocalWork:
     def plain(self) -> bool:
         """Whether a step is `theta -= lr * g` and no more."""
         return self.optimiser.definition is definition("optimiser", "sgd") and not self.slots
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a step needs to know what the client started the round with."""
+        mine = self.objective
+        return bool(self.corrections) or mine.hook("pull") is not None or "start" in mine.definition.traits
+
+    @property
+    def bare(self) -> bool:
+        """Whether the step is plain, and the gradient is the objective's and no more."""
+        return self.plain and not self.corrections and self.objective.hook("pull") is None
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether a client keeps the model that its work ends with."""
+        return "last" in self.objective.definition.traits
 
     @property
     def linear(self) -> bool:

@@ -195,7 +195,7 @@ class Server:
 
     def _measure(self, update: Update, delta: Tensor) -> Update:
         square, columns = distance.sq_norm(delta), delta.numel()
-        variance = max(square / columns - (float(delta.sum()) / columns) ** 2, 0.0)
+        variance = max(square / columns - (float(delta.sum()) / columns) ** 2, 0.0) if columns else 0.0
         return replace(update, delta=delta, norm=math.sqrt(square), variance=variance, finite=math.isfinite(square))
 
     def _admit(self, client: str, update: Update) -> None:

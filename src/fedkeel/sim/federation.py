@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,20 +13,23 @@ from fedkeel.config import Job
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
+from fedkeel.core.registry import Rule, build
 from fedkeel.core.types import ClientMemory
 from fedkeel.round import device
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.wire import MAX_NAME
 from fedkeel.sim.composition import AUTO, choose
+from fedkeel.sim.evaluation import join_private
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
 from fedkeel.sim.pool import Pool, clients, keep_back, label_histogram
 from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
 from fedkeel.train.contract import ClientData, Prepare
+from fedkeel.train.objective import personal
 
-Z95 = 1.959963984540054
-Value = float | tuple[float, float, float]
+POOLED = "pooled"
+"""The one client of a job whose clients' examples are put together."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Federation:
     """Everything a simulation needs but its state.
 
     `data` is what the clients train on (its labels already flipped where the attack is on data), `holdout` what each
-    keeps to test its own model. `chosen` says why, where the job left the choice of rules to `auto`.
+    keeps to test its own model. `names` are those who train, `members` those who hold examples: the same, unless the
+    job pools them. `plain_layout` is the module's own, without what an objective gives to each client. `chosen` says
+    why, where the job left the choice of rules to `auto`.
     """
 
     job: Job
@@ -44,8 +48,10 @@ class Federation:
     data: ClientData
     holdout: ClientData | None
     names: tuple[str, ...]
+    members: tuple[str, ...]
     module: nn.Module
     layout: Layout
+    plain_layout: Layout
     plan: Plan
     work: LocalWork
     adversary: Adversary
@@ -60,10 +66,10 @@ class Federation:
             pool: Pool = job.rule("data.source", "source")(key.fold("source"))
             if not isinstance(pool, Pool):
                 raise InputError(f"the source returned {type(pool).__name__}: return a fedkeel.Pool")
-        own: Pool | None = None
+        kept: Pool | None = None
         if job.server.examples:
             with _about("server.examples"):
-                pool, own = keep_back(pool, job.server.examples, key.fold("server"))
+                pool, kept = keep_back(pool, job.server.examples, key.fold("server"))
         with _about("data.partition"):
             split = job.rule("data.partition", "partition")(pool, job.data.clients, key.fold("partition"))
             data, holdout = clients(pool, split, key.fold("clients"), holdout=job.data.holdout)
@@ -74,28 +80,38 @@ class Federation:
             module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
         with _about("model.loss"):
             _try_loss(module, pool, work)
-        layout = Layout.of(module, job.model.private)
+        own = personal(module, work.objective)
+        if own and job.model.private:
+            raise InputError(
+                f"train.objective = '{work.objective!r}' gives each client a model: leave out model.private"
+            )
+        plain_layout = Layout.of(module, job.model.private)
+        layout = Layout.of(module, job.model.private, own) if own else plain_layout
+        _check_fine_tune(job, work)
         with _about("train.corrections"):
             work.check()
             apart = [r for r in work.corrections if "shared_only" in r.definition.traits]
-            if apart and layout.width > layout.columns:
+            if apart and layout.shared.start:
                 raise InputError(
                     f"'{apart[0]!r}' can not correct private layers: leave out model.private, or choose another"
                 )
-        if layout.width > layout.columns and holdout is None:
+        if holdout is None and layout.columns and (job.model.private or work.objective.hook("own")):
             raise InputError(
-                "model.private keeps layers on the clients, so each client's own model must be tested: "
+                "clients have models of their own here (model.private or train.objective), which must be tested: "
                 "set data.holdout, as 0.2"
             )
-        adversary = Adversary.among(split.names, job.attack.clients, job.attacks, key.fold("attack"))
+        if job.data.pooled:
+            data = replace(data, offsets=data.offsets[[0, -1]])
+        names = (POOLED,) if job.data.pooled else split.names
+        adversary = Adversary.among(names, job.attack.clients, job.attacks, key.fold("attack"))
         adversary.check(pool, layout)
-        data = adversary.poison(data, split.names, pool.classes)
+        data = adversary.poison(data, names, pool.classes)
         referee = None
-        if own is not None:
-            if layout.width > layout.columns:
+        if kept is not None:
+            if job.model.private:
                 raise InputError("server.examples can not judge models with private layers: leave out one of the two")
-            offsets = torch.tensor([0, len(own)])
-            referee = ServerExamples(module, layout, ClientData(own.x, own.y, offsets, own.prepare), work)
+            offsets = torch.tensor([0, len(kept)])
+            referee = ServerExamples(module, layout, ClientData(kept.x, kept.y, offsets, kept.prepare), work)
         plan.check_referee(referee is not None)
         chosen = None
         if job.aggregate.reduce == AUTO:
@@ -103,9 +119,16 @@ class Federation:
             section, chosen = choose(job, told)
             plan = build_plan(job.model_copy(update={"aggregate": section}))
         plan = replace(plan, label_classes=pool.classes if job.client.labels else 0)
-        return cls(job, key, pool, data, holdout, split.names, module, layout, plan, work, adversary, referee, chosen)
+        if not layout.columns:  # an empty payload says nothing, again and again
+            plan = replace(plan, checks=tuple(rule for rule in plan.checks if rule.name != "replayed"))
+        fields = (module, layout, plain_layout, plan, work, adversary, referee, chosen)
+        return cls(job, key, pool, data, holdout, names, split.names, *fields)
 
     def trainer(self, backend: str | None = None) -> Trainer:
+        """What trains the clients."""
+        return self._trainer(self.layout, self.work, backend)
+
+    def _trainer(self, layout: Layout, work: LocalWork, backend: str | None) -> Trainer:
         train = self.job.train
         if train.device not in ("cpu", "cuda"):
             raise InputError(f"train.device = '{train.device}' is unknown: write cpu or cuda")
@@ -114,9 +137,9 @@ class Federation:
         return make_trainer(
             backend or train.backend,
             self.module,
-            self.layout,
+            layout,
             self.data,
-            self.work,
+            work,
             device=train.device,
             workers=train.workers,
         )
@@ -139,42 +162,46 @@ class Federation:
             return None
         return join_private(self.layout.flatten(self.module), self.layout)
 
-    def evaluate(self, theta: Tensor, memory: ClientMemory) -> tuple[dict[str, Value], int]:
-        """The model's metrics with 95% intervals, and on how many examples.
+    @property
+    def personal(self) -> bool:
+        """Whether clients have models of their own."""
+        return bool(self.job.model.private) or self.work.objective.hook("own") is not None
 
-        Under an attack with a trigger, `backdoor` is its success: the share of marked examples of other classes that
-        are taken for the wanted one.
-        With private columns: the mean over clients of each one's own model on its own holdout.
-        """
-        start = self.private()
-        if start is None:
-            pool = self.pool
-            found = self._measure(theta, pool.test_x, pool.test_y, pool.prepare)
-            examples = int(found["examples"])
-            values = _with_intervals(found, examples)
-            marked = self.adversary.triggered(pool.test_x, pool.test_y, pool.classes)
-            if marked is not None and len(marked[0]):
-                success = self._measure(theta, *marked, pool.prepare)["accuracy"]
-                values["backdoor"] = (success, *wilson(success, len(marked[0])))
-            return values, examples
-        assert self.holdout is not None
-        per_client = []
-        for index, name in enumerate(self.names):
-            first, last = self.holdout.range(index)
-            own = memory.of(name).get("private", start)
-            vector = split_private(theta, own, self.layout)
-            x, y = self.holdout.x[first:last], self.holdout.y[first:last]
-            per_client.append(self._measure(vector, x, y, self.holdout.prepare))
-        values = {
-            metric: _mean_interval([float(found[metric]) for found in per_client])
-            for metric in ("loss", "accuracy")
-            if metric in per_client[0]
-        }
-        return values, len(self.holdout.x)
+    @property
+    def alone(self) -> bool:
+        """Whether every layer is private: each client trains by itself."""
+        return self.layout.columns == 0
 
-    def _measure(self, vector: Tensor, x: Tensor, y: Tensor, prepare: Prepare) -> dict[str, float]:
-        found = evaluate(self.module, self.layout, vector, x, y, prepare, self.work.loss)
+    def tuner(self) -> Trainer | None:
+        """What takes each client's model some steps on its own data before it is tested, if the job asks for it."""
+        if self.job.record.fine_tune is None:
+            return None
+        stopping = self.job.rule("record.fine_tune", "stopping")
+        work = replace(self.work, stopping=stopping, corrections=(), objective=build("objective", "plain"))
+        return self._trainer(self.plain_layout, work, None)
+
+    def measure(
+        self, vector: Tensor, x: Tensor, y: Tensor, prepare: Prepare, objective: Rule | None = None
+    ) -> dict[str, float]:
+        """Loss and accuracy of a model; given the objective, of the client's own that a vector (W,) holds."""
+        found = evaluate(self.module, self.layout, vector, x, y, prepare, self.work.loss, objective=objective)
         return {k: v for k, v in found.items() if v is not None}
+
+
+def _check_fine_tune(job: Job, work: LocalWork) -> None:
+    if job.record.fine_tune is None:
+        return
+    if not job.data.holdout:
+        raise InputError(
+            "record.fine_tune tests each client's tuned model on its own examples: set data.holdout, as 0.2"
+        )
+    if job.data.pooled:
+        raise InputError("record.fine_tune is for clients, and data.pooled leaves none: leave out one of the two")
+    if work.objective.hook("own"):
+        raise InputError(
+            f"record.fine_tune tunes the shared model, but train.objective = '{work.objective!r}' has each client test "
+            "its own: leave out one of the two"
+        )
 
 
 def _try_loss(module: nn.Module, pool: Pool, work: LocalWork) -> None:
@@ -221,7 +248,7 @@ def build_plan(job: Job) -> Plan:
         contribution=job.rule("record.contribution", "contribution") if job.record.contribution else None,
         quarantine=None if job.quarantine.limit is None else Quarantine(job.quarantine.limit, job.quarantine.decay),
         work=build_work(job),
-        population=job.data.clients,
+        population=1 if job.data.pooled else job.data.clients,
     )
 
 
@@ -233,38 +260,5 @@ def build_work(job: Job) -> LocalWork:
         loss=job.rule("model.loss", "loss"),
         corrections=job.rules("train.corrections", "correction"),
         optimiser=job.rule("train.optimiser", "optimiser"),
+        objective=job.rule("train.objective", "objective"),
     )
-
-
-def split_private(theta: Tensor, private: Tensor, layout: Layout) -> Tensor:
-    """The full vector (W,) of shared (P,) and private (W - P,) columns."""
-    first = layout.shared.start
-    return torch.cat([private[:first], theta, private[first:]])
-
-
-def join_private(full: Tensor, layout: Layout) -> Tensor:
-    """The private columns (W - P,) of a full vector (W,): trainable ones, then buffers."""
-    return torch.cat([full[: layout.shared.start], full[layout.shared.stop :]])
-
-
-def _with_intervals(found: dict[str, float], examples: int) -> dict[str, Value]:
-    values: dict[str, Value] = {"loss": found["loss"]}
-    if "accuracy" in found:
-        values["accuracy"] = (found["accuracy"], *wilson(found["accuracy"], examples))
-    return values
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share seen in `count` draws (Wilson 1927)."""
-    z2 = Z95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _mean_interval(values: list[float]) -> tuple[float, float, float]:
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, mean, mean
-    half = Z95 * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return mean, mean - half, mean + half

@@ -72,18 +72,22 @@ def mlp(inputs: tuple[int, ...], classes: int, *, hidden: tuple[Size, ...] = (20
 
 
 @rule("model")
-def cnn(inputs: tuple[int, ...], classes: int) -> nn.Module:
-    """The CNN of McMahan et al. 2017: padded 5x5 convolutions of 32 and 64, pools, 512 units (1,663,370 for MNIST)."""
-    channels, height, width = _image("cnn", inputs, least=4)
+def cnn(inputs: tuple[int, ...], classes: int, *, padding: Annotated[int, Field(ge=0, le=2)] = 2) -> nn.Module:
+    """The CNN of McMahan et al. 2017: padded 5x5 convolutions of 32 and 64, pools, 512 units (1,663,370 for MNIST).
+
+    With `padding` 0, as PFLlib has it, 582,026.
+    """
+    channels, height, width = _image("cnn", inputs, least=16 if padding < 2 else 4)
+    rows, columns = (((side - 4 + 2 * padding) // 2 - 4 + 2 * padding) // 2 for side in (height, width))
     return _named(
-        conv1=nn.Conv2d(channels, 32, 5, padding=2),
+        conv1=nn.Conv2d(channels, 32, 5, padding=padding),
         relu1=nn.ReLU(),
         pool1=nn.MaxPool2d(2),
-        conv2=nn.Conv2d(32, 64, 5, padding=2),
+        conv2=nn.Conv2d(32, 64, 5, padding=padding),
         relu2=nn.ReLU(),
         pool2=nn.MaxPool2d(2),
         flatten=nn.Flatten(),
-        fc1=nn.Linear(64 * (height // 4) * (width // 4), 512),
+        fc1=nn.Linear(64 * rows * columns, 512),
         relu3=nn.ReLU(),
         head=nn.Linear(512, _outputs(classes)),
     )

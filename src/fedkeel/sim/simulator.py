@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,7 +19,8 @@ from fedkeel.round import coordinator as orders
 from fedkeel.round import device
 from fedkeel.round.coordinator import Command, Coordinator
 from fedkeel.round.server import Server
-from fedkeel.sim.federation import Federation, Value
+from fedkeel.sim.evaluation import Figures, measure
+from fedkeel.sim.federation import Federation
 from fedkeel.train import Task, Trained, Trainer
 from fedkeel.train.pool import RAISED
 
@@ -32,7 +33,7 @@ class Recorder(Protocol):
 
     def round(self, report: RoundReport) -> None: ...
 
-    def metrics(self, round: int, version: int, values: Mapping[str, Value], examples: int) -> None: ...
+    def metrics(self, round: int, version: int, figures: Sequence[Figures]) -> None: ...
 
     def checkpoint(self, state: ServerState, memory: ClientMemory, now: float) -> None: ...
 
@@ -76,6 +77,7 @@ class Simulator:
         )
         self._index = {name: i for i, name in enumerate(federation.names)}
         self._private = federation.private()
+        self._tuner = federation.tuner()
         self._labels = federation.label_shares(memory)
         self._now = now
         self._events: list[tuple[float, int, int, _Outcome | None]] = []
@@ -110,8 +112,8 @@ class Simulator:
                 self._seconds, self._sent_down = {}, 0
                 self._spent("record", started)  # of the round before: its own row is written already
             case orders.Evaluate(round, version):
-                values, examples = self.federation.evaluate(self.server.state.theta, self.memory)
-                self.recorder.metrics(round, version, values, examples)
+                figures = measure(self.federation, self.server.state.theta, self.memory, self._tuner)
+                self.recorder.metrics(round, version, figures)
                 self._spent("evaluate", started)
             case orders.Checkpoint():
                 self.recorder.checkpoint(self.server.snapshot(), self.memory, self._now)

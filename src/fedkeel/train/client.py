@@ -165,7 +165,10 @@ class Client:
                 vector[shared.stop :] = task.private[shared.start :]
             self.step.begin(tell(work.corrections, task.memory, control, self.layout))
             with seeded(task.key.fold("model"), vector.device):
-                return self._epochs(task)
+                outcome = self._epochs(task)
+            if work.keeps_last:
+                vector[shared.stop :] = vector[shared]
+            return outcome
 
     def _epochs(self, task: Task) -> Outcome:
         count, work = self.data.count(task.client), self.work

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
 from fedkeel.train.contract import Prepare
+from fedkeel.train.objective import parted
 from fedkeel.train.traced import arranger
 
 
@@ -36,18 +37,19 @@ def evaluate(
     prepare: Prepare,
     loss: Rule,
     batch_size: int = 500,
+    objective: Rule | None = None,
 ) -> dict[str, float | int | None]:
     """Mean loss and accuracy of the model `vector`, (W,) or (P,) with the module's own private columns, on x and y.
 
     Returns `loss` and `accuracy` (the share of targets that the largest output names; None unless the loss is one of
     classes), NaN for no examples, and `examples`. Memory is bounded by the batch; the module is left as it was.
+    Given an `objective` under which clients have models of their own, it is the client's own that is measured.
     """
-    tensors = {
-        name: view.to(getattr(torch, entry.dtype))
-        for entry in layout.entries
-        for name, view in layout.views(vector).items()
-        if name == entry.name
-    }
+    views = layout.views(vector)
+    found = {e.name: views[e.name].to(getattr(torch, e.dtype)) for e in layout.entries if e.name in views}
+    tensors, own, extra = parted(found)
+    if objective is not None and (its_own := objective.hook("own")):
+        tensors = its_own(tensors, own, extra, [e.name for e in layout.entries if e.trainable and e.name in tensors])
     arrange = arranger(module, x, prepare)
     classes = "classes" in loss.definition.traits
     total = torch.zeros((), dtype=torch.float64)

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedkeel.core.layout import Layout
 from fedkeel.train.client import Told, batches
 from fedkeel.train.contract import ClientData, LocalWork
+from fedkeel.train.objective import batch_losses, pulled
 
 
 class LoopStep:
@@ -20,7 +20,7 @@ class LoopStep:
     def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> None:
         device = data.x.device
         self.module = copy.deepcopy(module).train().to(device)
-        self.data, self.work = data, work
+        self.layout, self.data, self.work = layout, data, work
         self.vector = torch.zeros(layout.width, device=device)
         self.theta = self.vector[layout.trainable]
         self.sizes = [e.size for e in layout.entries if e.trainable]
@@ -48,10 +48,11 @@ class LoopStep:
         # Copies: autograd would take a buffer's change in place for a change of the weights in the same vector.
         state = self.state | {n: column.to(dtype, copy=True) for n, (column, dtype) in self.buffers.items()}
         with torch.enable_grad():
-            pieces = zip(self.trained, torch.split(leaf, self.sizes), strict=True)
-            tensors = state | {e.name: piece.view(e.shape).to(getattr(torch, e.dtype)) for e, piece in pieces}
-            losses: Tensor = self.work.loss(functional_call(self.module, tensors, (x,)), y)
-            (g,) = torch.autograd.grad(losses.mean(), leaf)
+            tensors = state | self._named(leaf)
+            start = self._named(self.theta0) if self.work.looks_back else {}
+            descended, losses = batch_losses(self.module, self.layout, self.work, tensors, start, x, y)
+            (g,) = torch.autograd.grad(descended.mean(), leaf)
+        g = pulled(self.work, self.layout, g, self.theta, self.theta0)
         for correct, c_i, c in zip(self.work.corrections, self.told.memory, self.told.control, strict=True):
             g = correct(g, self.theta, self.theta0, c_i, c)
         shift, linear = self.told.shift, self.work.linear
@@ -65,3 +66,8 @@ class LoopStep:
                 column.copy_(tensors[name])  # a module may have put a new tensor in the buffer's place
         self.state = {name: tensors[name].detach() for name in self.state}
         return losses.detach()
+
+    def _named(self, trainable: Tensor) -> dict[str, Tensor]:
+        """The trained tensors in the trainable columns."""
+        pieces = zip(self.trained, torch.split(trainable, self.sizes), strict=True)
+        return {e.name: piece.view(e.shape).to(getattr(torch, e.dtype)) for e, piece in pieces}

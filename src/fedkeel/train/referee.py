@@ -50,7 +50,8 @@ class ServerExamples:
         """The gradient (P,) of the mean loss at theta, in evaluation mode; zero for buffers and whatever is frozen."""
         leaf = theta.detach().clone().requires_grad_()
         columns = self._layout.views(leaf)
-        tensors = {e.name: columns[e.name].to(getattr(torch, e.dtype)) for e in self._layout.entries}
+        shared = [e for e in self._layout.entries if e.name in columns]
+        tensors = {e.name: columns[e.name].to(getattr(torch, e.dtype)) for e in shared}
         total = torch.zeros((), dtype=torch.float32)
         with _one_thread(), torch.enable_grad(), evaluating(self._module):
             for x, y in zip(torch.split(self._inputs, _BATCH), torch.split(self._data.y, _BATCH), strict=True):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad, vmap
 
 from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
@@ -33,6 +33,7 @@ from fedkeel.train.client import (
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trained
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
+from fedkeel.train.objective import batch_losses, pulled
 from fedkeel.train.record import Recorder
 
 
@@ -228,6 +229,8 @@ class Rows:
         layout, shared = self.layout, self.layout.shared
         with torch.no_grad():
             vector = torch.cat([self.views[f"w/{e.name}"][at].reshape(-1) for e in layout.entries])
+            if self.work.keeps_last:
+                vector[shared.stop :] = vector[shared]
             own = torch.cat((vector[: shared.start], vector[shared.stop :])).cpu()
             delta = vector[shared].sub_(theta).cpu()
         private = own if len(own) else None
@@ -249,13 +252,20 @@ class Rows:
         buffers = {e.name: inputs[f"w/{e.name}"] for e in self.layout.entries if not e.trainable}
         buffers |= {name: inputs[f"state/{name}"] for name in self.state}
 
-        def loss(trained: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        begun = {name: inputs[f"theta0/{name}"] for name in trained} if self.work.looks_back else {}
+
+        def loss(
+            trained: dict[str, Tensor], begun: dict[str, Tensor], buffers: dict[str, Tensor],
+            x: Tensor, y: Tensor, w: Tensor,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
             tensors = {name: tensor.to(dtypes[name]) for name, tensor in trained.items()} | buffers
-            each: Tensor = self.work.loss(functional_call(self.module, tensors, (x,)), y)
-            return (each * w).sum()
+            start = {name: tensor.to(dtypes[name]) for name, tensor in begun.items()}
+            each, told = batch_losses(self.module, self.layout, self.work, tensors, start, x, y)
+            return (each * w).sum(), (told * w).sum()
 
         with Recorder(inputs) as recorder:
-            gradients, losses = vmap(grad_and_value(loss))(trained, buffers, inputs["x"], inputs["y"], inputs["weight"])
+            given = inputs["x"], inputs["y"], inputs["weight"]
+            gradients, losses = vmap(grad(loss, has_aux=True))(trained, begun, buffers, *given)
             with torch.no_grad():
                 corrected = self._corrected(inputs, trained, gradients)
         graph = recorder.graph
@@ -277,7 +287,7 @@ class Rows:
         self, inputs: Mapping[str, Tensor], trained: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
     ) -> list[Tensor]:
         """Every parameter's gradient after the corrections."""
-        if not self.work.corrections:
+        if not self.work.corrections and self.work.objective.hook("pull") is None:
             return [gradients[name] for name in trained]
 
         def flat(kind: str) -> Tensor | None:
@@ -286,9 +296,13 @@ class Rows:
             return torch.cat(found, -1) if found else None
 
         g = torch.cat([gradients[name].reshape(self.lanes, -1) for name in trained], -1)
+        theta, theta0 = flat("w"), flat("theta0")
+        assert theta is not None
+        assert theta0 is not None
+        g = pulled(self.work, self.layout, g, theta, theta0)
         for i, rule in enumerate(self.work.corrections):
             c = inputs[f"dial.{i}"] if rule.reads("dial") else flat(f"control.{i}")
-            g = rule(g, flat("w"), flat("theta0"), flat(f"memory.{i}"), c)
+            g = rule(g, theta, theta0, flat(f"memory.{i}"), c)
         shift = flat("shift")
         if shift is not None and self.work.linear:
             g = g + shift

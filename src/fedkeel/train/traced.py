@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedkeel.core.keys import Key
-from fedkeel.core.layout import Layout
+from fedkeel.core.layout import PERSONAL, Layout
 from fedkeel.train.client import Told, batches, seeded, tell
 from fedkeel.train.contract import ClientData, LocalWork, Prepare
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
+from fedkeel.train.objective import batch_losses
 from fedkeel.train.record import Graph, Recorder
 
 _ELEMENTWISE = "elementwise"
@@ -45,7 +45,7 @@ class TracedStep:
         columns = {e.name for e in layout.entries}
         self.initial_state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
         self.state = {n: b.clone() for n, b in self.initial_state.items()}
-        self.theta0 = self.theta.clone() if work.corrections else self.theta
+        self.theta0 = self.theta.clone() if work.looks_back else self.theta
         self.told = tell(work.corrections, {}, {}, layout).to(device)
         self.slots = torch.zeros(len(work.slots), len(self.theta), device=device)
         self.clock = torch.zeros((), dtype=torch.float64, device=device)
@@ -64,7 +64,7 @@ class TracedStep:
         for room, given in (*pairs, (self.told.shift, told.shift)):
             if room is not None and given is not None:
                 room.copy_(given)
-        if self.work.corrections:
+        if self.work.looks_back:
             self.theta0.copy_(self.theta)
         for slot, first in zip(self.slots, self.work.slots, strict=True):
             slot.fill_(first)
@@ -80,7 +80,7 @@ class TracedStep:
         """Every tensor that outlives a step, by name, at its fixed address."""
         found = {f"w.{name}": view for name, view in self.layout.views(self.vector).items()}
         found |= {f"state.{name}": tensor for name, tensor in self.state.items()}
-        if self.work.plain and not self.work.corrections:
+        if self.work.plain and not self.work.looks_back:
             return found
         found["clock"] = self.clock
         flat = {"theta": self.theta, "theta0": self.theta0}
@@ -130,8 +130,10 @@ class TracedStep:
         with Recorder(inputs) as recorder:
             tensors = {e.name: leaf.to(getattr(torch, e.dtype)) for e, leaf in zip(trained, leaves, strict=True)}
             tensors |= buffers
-            losses: Tensor = work.loss(functional_call(self.module, tensors, (inputs["x"],)), inputs["y"])
-            gradients = torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
+            start = {e.name: inputs[f"theta0/{e.name}"].view(e.shape) for e in trained} if work.looks_back else {}
+            start = {e.name: start[e.name].to(getattr(torch, e.dtype)) for e in trained if e.name in start}
+            descended, losses = batch_losses(self.module, layout, work, tensors, start, inputs["x"], inputs["y"])
+            gradients = torch.autograd.grad(descended.mean(), leaves, allow_unused=True)
             with torch.no_grad():
                 for name, buffer in buffers.items():
                     if tensors[name] is not buffer:
@@ -159,13 +161,20 @@ class TracedStep:
         """(tensor, its gradient after the corrections, the inputs' suffix): for each parameter, or the flat vector."""
         rules = self.work.corrections
         trained = [e for e in self.layout.entries if e.trainable]
-        if self.work.plain and not rules:
+        if self.work.bare:
             found = zip(leaves, gradients, trained, strict=True)
             return [(leaf, g, f"/{e.name}") for leaf, g, e in found if g is not None]
         flat = [
             torch.zeros_like(leaf).view(-1) if g is None else g.reshape(-1)
             for leaf, g in zip(leaves, gradients, strict=True)
         ]
+        if pull := self.work.objective.hook("pull"):
+            flat = [
+                pull(g, leaf.detach().view(-1), inputs[f"theta0/{e.name.removeprefix(PERSONAL)}"])
+                if e.name.startswith(PERSONAL) and e.name.removeprefix(PERSONAL) in self.layout.offsets
+                else g
+                for leaf, g, e in zip(leaves, flat, trained, strict=True)
+            ]
         if all(_ELEMENTWISE in rule.definition.traits for rule in rules):
             parts = [
                 (leaf, leaf.detach().view(-1), g, f"/{e.name}")
