@@ -55,6 +55,12 @@ class Train(Section):
     lr: Annotated[float, Field(gt=0, le=1e30)] = Field(0.1, description="learning rate of the local optimiser")
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of each client's examples that it does not train on, to tell its loss by"
+    )
+    private_first: str | None = Field(
+        None, description="how long model.private is trained alone, before the shared layers alone: as stopping"
+    )
     corrections: tuple[str, ...] = Field((), description="changes to the local gradient: `fedkeel rules correction`")
     objective: str = Field("plain", description="what the steps descend: `fedkeel rules objective`")
     backend: str = Field("auto", description="auto, native, traced, rows or loop: the same results, at different speed")

@@ -19,6 +19,7 @@ from fedkeel.core.errors import InputError, nearest
 Kind = Literal["param", "buffer", "private"]
 PERSONAL = "personal/"
 """What the names of tensors begin with that a client has of its own, beside the module's."""
+_TYPE = "type:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Layout:
     ) -> Layout:
         """The layout of a module; `private` are name patterns (`head.*`) of tensors that stay on the client.
 
+        `type:BatchNorm*` matches what modules of such types hold.
         `personal` are tensors that each client has beside the module's: name -> first value, whether it is trained.
         They are private, under the prefix `personal/`, and `first` holds the values.
 
@@ -76,7 +78,12 @@ class Layout:
         for name, tensor, trainable in tensors:
             if tensor.is_complex():
                 raise InputError(f"tensor '{name}' is {tensor.dtype}: fedkeel federates real tensors; split it in two")
-            matches = [p for p in private if fnmatch.fnmatchcase(name, p) or name.startswith(p + ".")]
+            owner = _TYPE + type(module.get_submodule(name.rpartition(".")[0])).__name__
+            matches = [
+                p
+                for p in private
+                if fnmatch.fnmatchcase(owner if p.startswith(_TYPE) else name, p) or name.startswith(p + ".")
+            ]
             seen.update(matches)
             kind: Kind = "private" if matches else "param" if trainable else "buffer"
             dtype = str(tensor.dtype).removeprefix("torch.")

@@ -22,7 +22,8 @@ class LocalWork:
 
     `corrections` change the gradient of the trainable columns before the step, in order. `stopping` says how many
     steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example;
-    `objective` makes of the batch's what is descended, whose mean it is.
+    `objective` makes of the batch's what is descended, whose mean it is. `private_first` says how many steps train the
+    private layers alone before; the steps proper then leave them as they are.
     """
 
     batch_size: int
@@ -32,6 +33,7 @@ class LocalWork:
     corrections: tuple[Rule, ...] = ()
     optimiser: Rule = field(default_factory=lambda: build("optimiser", "sgd"))
     objective: Rule = field(default_factory=lambda: build("objective", "plain"))
+    private_first: Rule | None = None
     _known: _Response = field(default_factory=lambda: _Response(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

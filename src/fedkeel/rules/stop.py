@@ -2,7 +2,8 @@
 
 `losses` are the losses of the steps so far. A rule with the trait `static` does not look at them and is asked once,
 before the first step; any other is asked again at the end of every epoch, and the client goes on while it wants more
-steps than were done. A last partial batch counts as a step.
+steps than were done. A last partial batch counts as a step. A rule with the trait `validation` is asked likewise, and
+`losses` are those on the client's validation examples: before the first step, and after every epoch.
 """
 
 from __future__ import annotations
@@ -51,4 +52,25 @@ def plateau(
     means = [math.fsum(losses[at * epoch : (at + 1) * epoch]) / epoch for at in range(done)]
     still = [abs(after - before) < epsilon for before, after in itertools.pairwise(means)]
     over = done >= most or (len(still) >= checks and all(still[-checks:]))
+    return done * epoch if over else (done + 1) * epoch
+
+
+@rule("stopping", traits=("validation",))
+def early(
+    num_examples: int,
+    batch_size: int,
+    losses: Sequence[float],
+    *,
+    patience: Annotated[int, Ge(1)] = 1,
+    most: Annotated[int, Ge(1)] = 10,
+) -> int:
+    """Epochs until the loss on the client's validation examples has not fallen for `patience` epochs; at most `most`.
+
+    Early stopping against local overfitting (Prechelt 1998). The client sends the model of its best epoch, and says as
+    many steps as that took. Needs train.validation, the share of its examples that a client validates on.
+    """
+    epoch = max(1, -(-num_examples // batch_size))
+    done = max(0, len(losses) - 1)
+    after = losses[1:]
+    over = done >= most or (done > 0 and done - 1 - after.index(min(after)) >= patience)
     return done * epoch if over else (done + 1) * epoch

@@ -23,7 +23,7 @@ from fedkeel.sim.composition import AUTO, choose
 from fedkeel.sim.evaluation import join_private
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
-from fedkeel.sim.pool import Pool, clients, keep_back, label_histogram
+from fedkeel.sim.pool import Pool, clients, keep_back, label_histogram, set_apart
 from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
 from fedkeel.train.contract import ClientData, Prepare
 from fedkeel.train.objective import personal
@@ -36,16 +36,18 @@ POOLED = "pooled"
 class Federation:
     """Everything a simulation needs but its state.
 
-    `data` is what the clients train on (its labels already flipped where the attack is on data), `holdout` what each
-    keeps to test its own model. `names` are those who train, `members` those who hold examples: the same, unless the
-    job pools them. `plain_layout` is the module's own, without what an objective gives to each client. `chosen` says
-    why, where the job left the choice of rules to `auto`.
+    `data` is what the clients train on (its labels already flipped where the attack is on data), `validation` what
+    they look at while they do, `holdout` what each keeps to test its own model. `names` are those who train, `members`
+    those who hold examples: the same, unless the job pools them. `plain_layout` is the module's own, without what an
+    objective gives to each client. `chosen` says why,
+    where the job left the choice of rules to `auto`.
     """
 
     job: Job
     key: Key
     pool: Pool
     data: ClientData
+    validation: ClientData | None
     holdout: ClientData | None
     names: tuple[str, ...]
     members: tuple[str, ...]
@@ -87,6 +89,11 @@ class Federation:
             )
         plain_layout = Layout.of(module, job.model.private)
         layout = Layout.of(module, job.model.private, own) if own else plain_layout
+        if work.private_first and not 0 < layout.shared.start < layout.trainable.stop:
+            raise InputError(
+                "train.private_first trains private layers before the shared: name some, not all, in model.private"
+            )
+        _check_stopping(job)
         _check_fine_tune(job, work)
         with _about("train.corrections"):
             work.check()
@@ -106,6 +113,10 @@ class Federation:
         adversary = Adversary.among(names, job.attack.clients, job.attacks, key.fold("attack"))
         adversary.check(pool, layout)
         data = adversary.poison(data, names, pool.classes)
+        validation = None
+        if job.train.validation:
+            with _about("train.validation"):
+                data, validation = set_apart(data, job.train.validation, names, key.fold("validation"))
         referee = None
         if kept is not None:
             if job.model.private:
@@ -122,13 +133,15 @@ class Federation:
         if not layout.columns:  # an empty payload says nothing, again and again
             plan = replace(plan, checks=tuple(rule for rule in plan.checks if rule.name != "replayed"))
         fields = (module, layout, plain_layout, plan, work, adversary, referee, chosen)
-        return cls(job, key, pool, data, holdout, names, split.names, *fields)
+        return cls(job, key, pool, data, validation, holdout, names, split.names, *fields)
 
     def trainer(self, backend: str | None = None) -> Trainer:
         """What trains the clients."""
-        return self._trainer(self.layout, self.work, backend)
+        return self._trainer(self.layout, self.work, backend, self.validation)
 
-    def _trainer(self, layout: Layout, work: LocalWork, backend: str | None) -> Trainer:
+    def _trainer(
+        self, layout: Layout, work: LocalWork, backend: str | None, validation: ClientData | None = None
+    ) -> Trainer:
         train = self.job.train
         if train.device not in ("cpu", "cuda"):
             raise InputError(f"train.device = '{train.device}' is unknown: write cpu or cuda")
@@ -142,6 +155,7 @@ class Federation:
             work,
             device=train.device,
             workers=train.workers,
+            validation=validation,
         )
 
     def theta(self) -> Tensor:
@@ -177,7 +191,8 @@ class Federation:
         if self.job.record.fine_tune is None:
             return None
         stopping = self.job.rule("record.fine_tune", "stopping")
-        work = replace(self.work, stopping=stopping, corrections=(), objective=build("objective", "plain"))
+        plain = build("objective", "plain")
+        work = replace(self.work, stopping=stopping, corrections=(), objective=plain, private_first=None)
         return self._trainer(self.plain_layout, work, None)
 
     def measure(
@@ -188,9 +203,21 @@ class Federation:
         return {k: v for k, v in found.items() if v is not None}
 
 
+def _check_stopping(job: Job) -> None:
+    for name in ("stopping", "private_first"):
+        key = f"train.{name}"
+        rule = job.rule(key, "stopping") if getattr(job.train, name) else None
+        if rule is not None and "validation" in rule.definition.traits and not job.train.validation:
+            raise InputError(f"{key} = '{rule!r}' goes by validation losses: set train.validation, as 0.1")
+
+
 def _check_fine_tune(job: Job, work: LocalWork) -> None:
     if job.record.fine_tune is None:
         return
+    if "validation" in job.rule("record.fine_tune", "stopping").definition.traits:
+        raise InputError(
+            f"record.fine_tune = '{job.record.fine_tune}' goes by validation losses: write epochs or steps"
+        )
     if not job.data.holdout:
         raise InputError(
             "record.fine_tune tests each client's tuned model on its own examples: set data.holdout, as 0.2"
@@ -261,4 +288,5 @@ def build_work(job: Job) -> LocalWork:
         corrections=job.rules("train.corrections", "correction"),
         optimiser=job.rule("train.optimiser", "optimiser"),
         objective=job.rule("train.objective", "objective"),
+        private_first=job.rule("train.private_first", "stopping") if job.train.private_first else None,
     )

@@ -217,6 +217,32 @@ def clients(pool: Pool, split: Split, key: Key, *, holdout: float = 0.0) -> tupl
     return train, _gather(pool, held, split.noise, key.fold("noise", "holdout"))
 
 
+def set_apart(data: ClientData, fraction: float, names: Sequence[str], key: Key) -> tuple[ClientData, ClientData]:
+    """The data without a fraction of every client's examples (rounded down, at least one), drawn by `key`, and those.
+
+    Raises `InputError` for a client that has but one.
+    """
+    kept, held = [], []
+    for client in range(len(data)):
+        first, last = data.range(client)
+        rows = first + torch.randperm(last - first, generator=key.fold(client).torch())
+        count = max(1, int(len(rows) * fraction))
+        if count >= len(rows):
+            raise InputError(
+                f"client '{names[client]}' has {len(rows)} examples and cannot validate on any: "
+                "use fewer clients, a higher min_examples, or train.validation = 0"
+            )
+        kept.append(rows[:-count].sort().values)
+        held.append(rows[-count:].sort().values)
+
+    def part(rows: list[Tensor]) -> ClientData:
+        index = torch.cat(rows)
+        offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
+        return ClientData(data.x[index], data.y[index], offsets, data.prepare)
+
+    return part(kept), part(held)
+
+
 def label_histogram(data: ClientData, classes: int) -> Tensor:
     """How many examples of each class every client holds: (clients, classes) int64, the picture of a partition."""
     owner = torch.repeat_interleave(torch.arange(len(data)), data.offsets.diff())

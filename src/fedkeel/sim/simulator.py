@@ -227,7 +227,7 @@ class Simulator:
 
     def _claims(self, order: orders.Train, done: Trained) -> Claims:
         digest = self.federation.layout.digest
-        metrics = {"loss": done.loss}
+        metrics = {"loss": done.loss, "global_loss": done.first_loss, "local_loss": done.last_loss}
         labels = self._labels.get(order.client, ())
         return Claims(order.client, order.task, order.version, digest, done.num_examples, done.steps, metrics, labels)
 

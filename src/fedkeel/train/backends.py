@@ -39,12 +39,14 @@ def make_trainer(
     *,
     device: str | torch.device = "cpu",
     workers: int | None = None,
+    validation: ClientData | None = None,
 ) -> Trainer:
     """The trainer behind a name: `loop`, `traced`, `native`, `rows`, or `auto` for the one expected to be fastest.
 
     A trainer's `name` says which it is. `workers` (default: one a core) are processes on the CPU, each with one
-    thread; a client's result does not depend on how many there are. The module is copied, and never changed. Raises
-    `InputError` for an unknown name, or a module that the named backend cannot train exactly.
+    thread; a client's result does not depend on how many there are. `validation` holds examples of the same clients
+    that no step sees, for losses before and after. The module is copied, and never changed. Raises `InputError` for an
+    unknown name, or a module that the named backend cannot train exactly.
     """
     if backend not in backends:
         raise InputError(f"backend '{backend}' is unknown: {nearest(backend, backends)}")
@@ -54,13 +56,17 @@ def make_trainer(
     data = replace(data, x=data.x.to(device), y=data.y.to(device))
     # A larger batch is the same batch, and would only cost memory where batches are padded.
     work = replace(work, batch_size=min(work.batch_size, int(data.offsets.diff().max())))
+    if validation is not None:
+        validation = replace(validation, x=validation.x.to(device), y=validation.y.to(device))
     if backend == "auto":
-        backend = _chosen(module, layout, data, work)
+        backend = _chosen(module, layout, data, work, alone=validation is not None)
+    elif backend == "rows" and validation is not None:
+        raise InputError("backend 'rows' trains clients side by side, and validates none: write 'auto' or 'traced'")
     elif reason := fits(backend, module, layout, data, work):
         raise InputError(f"backend '{backend}' does not fit this model: {reason}; write 'auto' or 'loop'")
     if backend == "rows":
         return Rows(module, layout, data, work, LANES[device.type])
-    client = Client(module, layout, data, work, _step(backend, module, layout, data, work))
+    client = _client(backend, module, layout, data, work, validation)
     count = len(os.sched_getaffinity(0)) if workers is None and can_fork else workers or 1
     count = min(count, len(data), MOST_WORKERS)
     # With a GPU in the machine autograd keeps threads of its own, and refuses to work in a fork: the loop stays here.
@@ -105,7 +111,8 @@ def _sample(data: ClientData, work: LocalWork) -> tuple[ClientData, LocalWork, l
     counts = (size + (size + 1) // 2, (size + 2) // 3) if partial and size > 1 else (2 * size, size)
     rows = torch.arange(sum(counts), device=data.x.device) * 7919 % len(data.x)
     offsets = torch.tensor([0, counts[0], sum(counts)])
-    few = replace(work, stopping=build("stopping", "steps", steps=3))
+    three = build("stopping", "steps", steps=3)
+    few = replace(work, stopping=three, private_first=three if work.private_first else None)
     tasks = [Task(client, Key.root(client)) for client in range(2)]
     x, y = (t.nan_to_num() if t.is_floating_point() else t for t in (data.x[rows], data.y[rows]))
     return ClientData(x, y, offsets, data.prepare), few, tasks
@@ -117,26 +124,52 @@ def _plain(
     """A trainer in this process, for trials."""
     if backend == "rows":
         return Rows(module, layout, data, work, lanes)
-    return InProcess(backend, Client(module, layout, data, work, _step(backend, module, layout, data, work)))
+    return InProcess(backend, _client(backend, module, layout, data, work))
 
 
-def _step(backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> Step:
+def _client(
+    backend: str,
+    module: nn.Module,
+    layout: Layout,
+    data: ClientData,
+    work: LocalWork,
+    validation: ClientData | None = None,
+) -> Client:
+    if work.private_first is None:
+        return Client(module, layout, data, work, _step(backend, module, layout, data, work), None, validation)
+    private, shared = slice(0, layout.shared.start), slice(layout.shared.start, layout.trainable.stop)
+    step = _step(backend, module, layout, data, work, None, shared)
+    before = _step(backend, module, layout, data, work, step.vector, private)
+    return Client(module, layout, data, work, step, before, validation)
+
+
+def _step(
+    backend: str,
+    module: nn.Module,
+    layout: Layout,
+    data: ClientData,
+    work: LocalWork,
+    vector: Tensor | None = None,
+    part: slice | None = None,
+) -> Step:
     if backend == "loop":
-        return LoopStep(module, layout, data, work)
+        return LoopStep(module, layout, data, work, vector, part)
     size = work.batch_size
     counts = [data.count(client) for client in range(len(data))]
     sizes = {size for n in counts if n >= size} | {n % size for n in counts if n % size}
     early = len(sizes) <= _RECORDED_EARLY or torch.cuda.is_available()
     kind = NativeStep if backend == "native" else TracedStep
-    return kind(module, layout, data, work, sizes if early else {size})
+    return kind(module, layout, data, work, sizes if early else {size}, vector, part)
 
 
-def _chosen(module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> str:
+def _chosen(module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, *, alone: bool) -> str:
     """The first that fits, in the order of what they took when measured (docs/benchmarks.md); the loop always fits.
 
     Nothing is timed here: the same job is trained by the same backend, whatever else the machine is doing.
     """
     order = ["native", "traced", "rows"] if data.x.device.type == "cpu" else ["rows", "traced"]
+    if alone:  # each client is looked at between its epochs
+        order.remove("rows")
     # A compiled convolution has the batch in its vectors, and sums again over large weights for every 64 examples.
     large = any(isinstance(part, nn.Conv2d) and part.weight.numel() > _LARGE_CONVOLUTION for part in module.modules())
     if large and work.batch_size < _ENOUGH_EXAMPLES and "native" in order:

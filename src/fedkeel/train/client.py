@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
-from fedkeel.train.contract import ClientData, LocalWork, Task
+from fedkeel.train.contract import ClientData, LocalWork, Task, Trained
+from fedkeel.train.evaluate import evaluate
 
 Batch = tuple[Tensor, Tensor]
 CHUNK_BYTES = 1 << 19  # of prepared inputs: gathered at once they save calls, and stay in the cache until used
@@ -50,11 +51,17 @@ class Told(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a client's training came to, beside the vector. The loss is the mean over the steps."""
+    """What a client's training came to, beside the vector. The loss is the mean over the steps.
+
+    `first` and `last` are the losses that it began and ended with: on its validation examples, or else on the first and
+    the last batch, before their steps.
+    """
 
     steps: int
     loss: float
     failure: str | None
+    first: float = math.nan
+    last: float = math.nan
 
 
 @contextmanager
@@ -119,7 +126,7 @@ def succeeded(losses: Sequence[float]) -> Outcome:
     """The outcome of a client whose losses are all finite."""
     if not losses:
         return Outcome(0, math.nan, "the client has no examples")
-    return Outcome(len(losses), math.fsum(losses) / len(losses), None)
+    return Outcome(len(losses), math.fsum(losses) / len(losses), None, losses[0], losses[-1])
 
 
 def first_failure(losses: Sequence[float], before: int) -> Outcome | None:
@@ -129,6 +136,12 @@ def first_failure(losses: Sequence[float], before: int) -> Outcome | None:
             became = "NaN" if math.isnan(loss) else "infinite"
             return Outcome(number, loss, f"loss became {became} at step {number}")
     return None
+
+
+def trained(count: int, task: Task, outcome: Outcome, delta: Tensor, private: Tensor | None) -> Trained:
+    """An outcome as trainers give it, of a client with so many examples."""
+    steps, loss, failure, first, last = outcome
+    return Trained(task.client, delta, private, steps, loss, count, failure, first, last)
 
 
 def chunk(data: ClientData, size: int) -> int:
@@ -145,10 +158,24 @@ def batches(data: ClientData, rows: Tensor, size: int, arrange: Callable[[Tensor
 
 
 class Client:
-    """Trains one client after another in this thread. Not reentrant: all of them share the step's vector."""
+    """Trains one client after another in this thread. Not reentrant: all of them share the step's vector.
 
-    def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, step: Step) -> None:
-        self.layout, self.data, self.work, self.step = layout, data, work, step
+    `before` takes the steps that train the private layers alone, in the same vector, where there are any. `validation`
+    are examples of the same clients that no step sees.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        data: ClientData,
+        work: LocalWork,
+        step: Step,
+        before: Step | None = None,
+        validation: ClientData | None = None,
+    ) -> None:
+        self.layout, self.data, self.work, self.step, self.before = layout, data, work, step, before
+        self.module, self.validation = module, validation
         self.initial = layout.flatten(module).to(data.x.device)
 
     def train(self, theta: Tensor, task: Task, control: Mapping[str, Tensor]) -> Outcome:
@@ -163,33 +190,65 @@ class Client:
             else:
                 vector[: shared.start] = task.private[: shared.start]
                 vector[shared.stop :] = task.private[shared.start :]
-            self.step.begin(tell(work.corrections, task.memory, control, self.layout))
+            told = tell(work.corrections, task.memory, control, self.layout)
             with seeded(task.key.fold("model"), vector.device):
-                outcome = self._epochs(task)
+                epochs = 0
+                if self.before is not None and work.private_first is not None:
+                    self.before.begin(told)
+                    outcome, epochs = self._epochs(task, self.before, work.private_first, 0)
+                    if outcome.failure is not None:
+                        return outcome
+                self.step.begin(told)
+                outcome, _ = self._epochs(task, self.step, work.stopping, epochs)
             if work.keeps_last:
                 vector[shared.stop :] = vector[shared]
             return outcome
 
-    def _epochs(self, task: Task) -> Outcome:
-        count, work = self.data.count(task.client), self.work
+    def _epochs(self, task: Task, step: Step, stopping: Rule, epoch: int) -> tuple[Outcome, int]:
+        """Train until the stopping rule says so, from an epoch on; what came of it, and the epoch after the last.
+
+        A rule that goes by validation losses ends at the best of the models that it saw.
+        """
+        count, size = self.data.count(task.client), self.work.batch_size
+        best: tuple[float, int, Tensor] | None = None
         losses: list[float] = []
-        wanted = work.stopping(count, work.batch_size, losses)
-        epoch = 0
+        checked = [self._validated(task.client)] if self.validation is not None else []
+        by_checks = "validation" in stopping.definition.traits
+        wanted = stopping(count, size, checked if by_checks else [])
         while len(losses) < wanted and count:
-            order = epoch_order(task.key, epoch, count)[: (wanted - len(losses)) * work.batch_size]
-            new = self._steps(order + self.data.range(task.client)[0])
+            order = epoch_order(task.key, epoch, count)[: (wanted - len(losses)) * size]
+            new = self._steps(step, order + self.data.range(task.client)[0])
             if failed := first_failure(new, len(losses)):
-                return failed
+                return failed, epoch
             losses += new
             epoch += 1
-            if "static" not in work.stopping.definition.traits:
-                wanted = work.stopping(count, work.batch_size, losses)
-        return succeeded(losses)
+            if by_checks:
+                checked.append(self._validated(task.client))
+                if best is None or checked[-1] < best[0]:
+                    best = checked[-1], len(losses), step.vector.clone()
+            if "static" not in stopping.definition.traits:
+                wanted = stopping(count, size, checked if by_checks else losses)
+        if best is not None:
+            losses = losses[: best[1]]
+            step.vector.copy_(best[2])
+        outcome = succeeded(losses)
+        if checked and losses:
+            last = self._validated(task.client) if best is None else best[0]
+            outcome = outcome._replace(first=checked[0], last=last)
+        return outcome, epoch
 
-    def _steps(self, rows: Tensor) -> list[float]:
+    def _validated(self, client: int) -> float:
+        """The loss of the model as it is, not of a copy that is the client's own, on its validation examples."""
+        assert self.validation is not None
+        mine, data = slice(*self.validation.range(client)), self.validation
+        x, y, vector = data.x[mine], data.y[mine], self.step.vector
+        found = evaluate(self.module, self.layout, vector, x, y, data.prepare, self.work.loss)
+        return float(found["loss"] or 0.0)
+
+    def _steps(self, step: Step, rows: Tensor) -> list[float]:
         """Step through these rows of the data, batch by batch; the loss of each step."""
         size = self.work.batch_size
-        each = self.step.steps(rows.to(self.data.x.device))
+        each = step.steps(rows.to(self.data.x.device))
         full = len(rows) // size
         means = each[: full * size].view(full, size).mean(1).tolist()
         return means + ([float(each[full * size :].mean())] if len(rows) % size else [])

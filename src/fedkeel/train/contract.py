@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -83,8 +84,9 @@ class Task:
 class Trained:
     """What came of a task. `delta` (P,) = local minus global shared columns, valid until the next one is asked for.
 
-    `loss` is the mean training loss over the steps. `failure` says why there is no update (the loss turned NaN, ...);
-    `delta` is then of no meaning.
+    `loss` is the mean training loss over the steps, `first_loss` and `last_loss` those that the client began and ended
+    with: on its validation examples if it has any, else on the first and the last batch. `failure` says why there is
+    no update (the loss turned NaN, ...); `delta` is then of no meaning.
     """
 
     client: int
@@ -94,6 +96,8 @@ class Trained:
     loss: float
     num_examples: int
     failure: str | None = None
+    first_loss: float = math.nan
+    last_loss: float = math.nan
 
 
 class Trainer(Protocol):

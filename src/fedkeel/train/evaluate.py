@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
+from fedkeel.train.arrange import arranger
 from fedkeel.train.contract import Prepare
 from fedkeel.train.objective import parted
-from fedkeel.train.traced import arranger
 
 
 @contextmanager

@@ -17,12 +17,22 @@ from fedkeel.train.objective import batch_losses, pulled
 class LoopStep:
     """A `Step` by autograd: gradient of the batch's mean loss, corrections, the optimiser."""
 
-    def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        data: ClientData,
+        work: LocalWork,
+        vector: Tensor | None = None,
+        part: slice | None = None,
+    ) -> None:
+        """`vector` (W,) is where the model lives, its own by default; `part` are the columns that are trained."""
         device = data.x.device
         self.module = copy.deepcopy(module).train().to(device)
         self.layout, self.data, self.work = layout, data, work
-        self.vector = torch.zeros(layout.width, device=device)
+        self.vector = torch.zeros(layout.width, device=device) if vector is None else vector
         self.theta = self.vector[layout.trainable]
+        self.part = layout.trainable if part is None else part
         self.sizes = [e.size for e in layout.entries if e.trainable]
         columns = layout.views(self.vector)
         self.trained = [e for e in layout.entries if e.trainable]
@@ -56,12 +66,14 @@ class LoopStep:
         for correct, c_i, c in zip(self.work.corrections, self.told.memory, self.told.control, strict=True):
             g = correct(g, self.theta, self.theta0, c_i, c)
         shift, linear = self.told.shift, self.work.linear
+        part = self.part
         with torch.no_grad():
             self.clock.add_(1)
             whole = g if shift is None or not linear else g + shift
-            self.work.optimiser(self.theta, whole, self.slots, self.clock, self.work.lr)
+            slots = [slot[part] for slot in self.slots]
+            self.work.optimiser(self.theta[part], whole[part], slots, self.clock, self.work.lr)
             if shift is not None and not linear:
-                self.theta.sub_(shift, alpha=self.work.lr)
+                self.theta[part].sub_(shift[part], alpha=self.work.lr)
             for name, (column, _) in self.buffers.items():
                 column.copy_(tensors[name])  # a module may have put a new tensor in the buffer's place
         self.state = {name: tensors[name].detach() for name in self.state}

@@ -29,7 +29,14 @@ class NativeStep:
     """A `Step` by the compiled kernels. Raises `NotTraceableError` where an operation has none, or none were built."""
 
     def __init__(
-        self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, sizes: Iterable[int] = ()
+        self,
+        module: nn.Module,
+        layout: Layout,
+        data: ClientData,
+        work: LocalWork,
+        sizes: Iterable[int] = (),
+        vector: Tensor | None = None,
+        part: slice | None = None,
     ) -> None:
         library = native.library()
         if isinstance(library, str):
@@ -37,7 +44,7 @@ class NativeStep:
         if data.x.device.type != "cpu":
             raise NotTraceableError("the compiled kernels run on the CPU")
         self._library, self._data, self._size = library, data, work.batch_size
-        self._traced = TracedStep(module, layout, data, work, as_it_is=True)
+        self._traced = TracedStep(module, layout, data, work, (), vector, part, as_it_is=True)
         self.vector = self._traced.vector
         # What the kernels can scale, they gather from where it lies; the rest is prepared some batches at a time.
         known = type(data.prepare) is Scale and data.x.dtype in _AS_THEY_LIE and data.x.is_contiguous()

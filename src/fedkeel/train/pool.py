@@ -27,11 +27,11 @@ from torch import Tensor
 
 from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
-from fedkeel.train.client import Client, Outcome, single_thread
+from fedkeel.train.client import Client, Outcome, single_thread, trained
 from fedkeel.train.contract import Task, Trained
 
 _TASK = struct.Struct("<qqQ")  # slot, client, key
-_RESULT = struct.Struct("<qqdqq")  # slot, steps, loss, kind, bytes of text
+_RESULT = struct.Struct("<qqdddqq")  # slot, steps, losses (mean, first, last), kind, bytes of text
 _DONE, _FAILED = 0, 1
 _ARENA_BYTES = 1 << 25  # of rows: small ones are all given out at once
 _QUEUED = 64
@@ -72,15 +72,10 @@ class InProcess:
                 outcome = Outcome(0, math.nan, explain(error))
             with torch.no_grad():
                 torch.sub(vector[layout.shared], theta, out=self._delta)
-            yield trained(self._client, task, outcome, self._delta, _private(self._client))
+            yield trained(self._client.data.count(task.client), task, outcome, self._delta, _private(self._client))
 
     def close(self) -> None:
         """Nothing to release."""
-
-
-def trained(client: Client, task: Task, outcome: Outcome, delta: Tensor, private: Tensor | None) -> Trained:
-    count = client.data.count(task.client)
-    return Trained(task.client, delta, private, outcome.steps, outcome.loss, count, outcome.failure)
 
 
 def _private(client: Client) -> Tensor | None:
@@ -177,7 +172,8 @@ class Pool:
             slot, outcome = self._receive(running)
             row = arena.rows[slot]
             private = row[arena.columns : arena.width].clone() if arena.width > arena.columns else None
-            yield trained(self._client, running.pop(slot), outcome, row[: arena.columns], private)
+            task = running.pop(slot)
+            yield trained(self._client.data.count(task.client), task, outcome, row[: arena.columns], private)
             free.append(slot)
 
     def close(self) -> None:
@@ -197,12 +193,12 @@ class Pool:
                 size = _RESULT.size
                 if len(worker.pending) < size:
                     continue
-                slot, steps, loss, kind, length = _RESULT.unpack_from(worker.pending)
+                slot, steps, loss, first, last, kind, length = _RESULT.unpack_from(worker.pending)
                 if len(worker.pending) < size + length:
                     continue
                 text = worker.pending[size : size + length].decode()
                 del worker.pending[: size + length]
-                return slot, Outcome(steps, loss, text if kind == _FAILED else None)
+                return slot, Outcome(steps, loss, text if kind == _FAILED else None, first, last)
             for file, _ in poll.poll():
                 received = os.read(file, 1 << 16)
                 if not received:
@@ -308,7 +304,8 @@ def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
                     own = (vector[: layout.shared.start], vector[layout.shared.stop :])
                     row[arena.columns : arena.width] = torch.cat(own)
             note = text.encode()[:2000].decode(errors="ignore").encode()
-            os.write(write, _RESULT.pack(slot, outcome.steps, outcome.loss, kind, len(note)) + note)
+            steps, loss, _, first, last = outcome
+            os.write(write, _RESULT.pack(slot, steps, loss, first, last, kind, len(note)) + note)
         status = 0
     finally:
         os._exit(status)

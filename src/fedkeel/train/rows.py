@@ -29,12 +29,13 @@ from fedkeel.train.client import (
     single_thread,
     succeeded,
     tell,
+    trained,
 )
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trained
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
 from fedkeel.train.objective import batch_losses, pulled
-from fedkeel.train.record import Recorder
+from fedkeel.train.record import NotTraceableError, Recorder
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Rows:
     name = "rows"
 
     def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, lanes: int) -> None:
+        if work.private_first is not None:
+            raise NotTraceableError("clients side by side train all layers, not some before the others")
         self.device = data.x.device
         self.module = copy.deepcopy(module).train().to(self.device)
         self.layout, self.data, self.work, self.lanes = layout, data, work, lanes
@@ -234,7 +237,7 @@ class Rows:
             own = torch.cat((vector[: shared.start], vector[shared.stop :])).cpu()
             delta = vector[shared].sub_(theta).cpu()
         private = own if len(own) else None
-        return Trained(lane.task.client, delta, private, outcome.steps, outcome.loss, lane.count, outcome.failure)
+        return trained(lane.count, lane.task, outcome, delta, private)
 
     def _record(self) -> Program:
         with torch.inference_mode(False), torch.enable_grad(), seeded(Key(0), self.device), warnings.catch_warnings():

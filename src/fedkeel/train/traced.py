@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import PERSONAL, Layout
+from fedkeel.train import arrange
 from fedkeel.train.client import Told, batches, seeded, tell
-from fedkeel.train.contract import ClientData, LocalWork, Prepare
+from fedkeel.train.contract import ClientData, LocalWork
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
 from fedkeel.train.objective import batch_losses
-from fedkeel.train.record import Graph, Recorder
+from fedkeel.train.record import Graph, NotTraceableError, Recorder
 
 _ELEMENTWISE = "elementwise"
 
@@ -24,7 +25,8 @@ _ELEMENTWISE = "elementwise"
 class TracedStep:
     """A `Step` without autograd. Programs are recorded for the batch sizes that `sizes` names, before any fork.
 
-    Images go through convolutions channels last, but `as_it_is`.
+    `vector` (W,) is where the model lives, its own by default; `part` are the columns that are trained. Images go
+    through convolutions channels last, but `as_it_is`.
     """
 
     def __init__(
@@ -34,13 +36,22 @@ class TracedStep:
         data: ClientData,
         work: LocalWork,
         sizes: Iterable[int] = (),
+        vector: Tensor | None = None,
+        part: slice | None = None,
         *,
         as_it_is: bool = False,
     ) -> None:
         device = data.x.device
         self.module = copy.deepcopy(module).train().to(device)
         self.layout, self.data, self.work = layout, data, work
-        self.vector = layout.flatten(module).to(device)
+        self.vector = layout.flatten(module).to(device) if vector is None else vector
+        part = layout.trainable if part is None else part
+        self.trained = [
+            e for e in layout.entries if e.trainable and part.start <= layout.offsets[e.name].start < part.stop
+        ]
+        self.shifts = part.stop == layout.trainable.stop  # what is private has no shift
+        if part != layout.trainable and not all(_ELEMENTWISE in rule.definition.traits for rule in work.corrections):
+            raise NotTraceableError("a correction that looks at all columns goes with none that stay as they are")
         self.theta = self.vector[layout.trainable]
         columns = {e.name for e in layout.entries}
         self.initial_state = {n: b.clone() for n, b in self.module.named_buffers() if n not in columns}
@@ -49,7 +60,7 @@ class TracedStep:
         self.told = tell(work.corrections, {}, {}, layout).to(device)
         self.slots = torch.zeros(len(work.slots), len(self.theta), device=device)
         self.clock = torch.zeros((), dtype=torch.float64, device=device)
-        self.arrange = _as_it_is if as_it_is else arranger(self.module, data.x, data.prepare)
+        self.arrange = arrange.as_it_is if as_it_is else arrange.arranger(self.module, data.x, data.prepare)
         self._known: dict[int, StepFunction] = {}
         for size in sorted(sizes, reverse=True):
             self._step(size)
@@ -123,15 +134,16 @@ class TracedStep:
 
     def _graph(self, inputs: dict[str, Tensor]) -> tuple[Graph, int]:
         layout, work = self.layout, self.work
-        trained = [e for e in layout.entries if e.trainable]
+        trained, every = self.trained, [e for e in layout.entries if e.trainable]
         leaves = [inputs[f"w.{e.name}"].requires_grad_() for e in trained]
+        fixed = {e.name: inputs[f"w.{e.name}"].to(getattr(torch, e.dtype)) for e in every if e not in trained}
         buffers = {e.name: inputs[f"w.{e.name}"] for e in layout.entries if not e.trainable}
         buffers |= {name: inputs[f"state.{name}"] for name in self.state}
         with Recorder(inputs) as recorder:
             tensors = {e.name: leaf.to(getattr(torch, e.dtype)) for e, leaf in zip(trained, leaves, strict=True)}
-            tensors |= buffers
-            start = {e.name: inputs[f"theta0/{e.name}"].view(e.shape) for e in trained} if work.looks_back else {}
-            start = {e.name: start[e.name].to(getattr(torch, e.dtype)) for e in trained if e.name in start}
+            tensors |= buffers | fixed
+            back = every if work.looks_back else []
+            start = {e.name: inputs[f"theta0/{e.name}"].view(e.shape).to(getattr(torch, e.dtype)) for e in back}
             descended, losses = batch_losses(self.module, layout, work, tensors, start, inputs["x"], inputs["y"])
             gradients = torch.autograd.grad(descended.mean(), leaves, allow_unused=True)
             with torch.no_grad():
@@ -151,7 +163,7 @@ class TracedStep:
             ]
             step, clock = Optimise(work.optimiser, work.lr), recorder.value(inputs["clock"])
             optimise(graph, step, clock, list(zip(parameters, roots[1:], slots, strict=True)))
-        if "shift" in inputs and not work.linear:
+        if "shift" in inputs and not work.linear and self.shifts:
             shift(graph, recorder.value(inputs["theta"]), recorder.value(inputs["shift"]), work.lr)
         return graph, roots[0]
 
@@ -159,8 +171,7 @@ class TracedStep:
         self, inputs: dict[str, Tensor], leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> list[tuple[Tensor, Tensor, str]]:
         """(tensor, its gradient after the corrections, the inputs' suffix): for each parameter, or the flat vector."""
-        rules = self.work.corrections
-        trained = [e for e in self.layout.entries if e.trainable]
+        rules, trained = self.work.corrections, self.trained
         if self.work.bare:
             found = zip(leaves, gradients, trained, strict=True)
             return [(leaf, g, f"/{e.name}") for leaf, g, e in found if g is not None]
@@ -192,26 +203,3 @@ class TracedStep:
                 g = g + inputs[f"shift{suffix}"]
             result.append((target, g, suffix))
         return result
-
-
-def arranger(module: nn.Module, x: Tensor, prepare: Prepare) -> Callable[[Tensor], Tensor]:
-    """Channels last for images through convolutions, which are faster so, where the module takes them; else nothing."""
-    if x.ndim == 4 and len(x) and any(isinstance(part, nn.Conv2d) for part in module.modules()):
-        try:
-            with torch.no_grad():
-                copy.deepcopy(module).eval()(_channels_last(prepare(x[:1])))
-            return _channels_last
-        except RuntimeError:
-            pass  # a view over the flattened image, say
-    return _as_it_is
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Images (B, C, H, W) with the channels next to each other in memory, the strides saying so even where C = 1."""
-    _, channels, height, width = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x.as_strided(x.shape, (height * width * channels, 1, width * channels, channels))
