@@ -120,12 +120,15 @@ class Run:
         with self.dir.ledger(readonly=True) as ledger:
             return ledger.rounds()
 
-    def final(self, name: str = "accuracy", scope: str = "global") -> dict[str, Any] | None:
+    def final(self, name: str = "accuracy", scope: str | None = None) -> dict[str, Any] | None:
         """The last row of a metric, or None when the run does not have it.
 
-        The scope says of what: `global`, `clients` (all clients' own models), `client/NAME`, `group/NAME`.
+        The scope says of what: `global` (the shared model), `clients` (the mean over the clients' own models),
+        `client/NAME`, `group/NAME`. By default it is what the run is about: the clients' own models where they have
+        some, else the shared one.
         """
-        rows = [r for r in self.metrics if r["name"] == name and r["scope"] == scope]
+        with self.dir.ledger(readonly=True) as ledger:
+            rows = ledger.metrics(name, scope or ledger.meta.get("headline", "global"))
         return rows[-1] if rows else None
 
     def report(self) -> Path:
@@ -229,7 +232,7 @@ class _Record:
         with self.ledger.transaction():
             for found in figures:
                 self.ledger.write_metrics(round, version, found.values, found.examples, found.scope)
-        self._latest = figures[0].values
+        self._latest = next(found.values for found in figures if found.scope == self.federation.headline)
         if round == 0 and self.watch is not None:
             self.watch(Progress(self.directory.path, 0, self.federation.job.rounds, self._latest, 0, 0, None))
 
@@ -289,6 +292,7 @@ def _meta(federation: Federation, trainer: Trainer, settings: str) -> dict[str, 
         "rounds": job.rounds,
         "plan": federation.plan.steps,
         **({"auto": federation.chosen} if federation.chosen else {}),
+        "headline": federation.headline,
         "backend": trainer.name,
         "fedkeel": version("fedkeel"),
         "torch": version("torch"),

@@ -153,6 +153,9 @@ def compare(
         Path | None, typer.Option("--out", help="Where to write, or go on; runs/NAME-compare when left out.")
     ] = None,
     metric: Annotated[str, typer.Option(help="accuracy or loss")] = "accuracy",
+    baselines: Annotated[
+        bool, typer.Option(help="Run FedAvg, local-only and centralised training beside the variants.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Run variants of a job over seeds: mean and 95% interval, as a table, CSV and report."""
@@ -173,7 +176,9 @@ def compare(
         _interruptible("fedkeel compare with the same arguments"),
         comparing(_err, built.rounds) as watch,
     ):
-        found = run_comparison(built, varied, seeds=seeds, out=out, metric=metric, watch=watch)
+        found = run_comparison(
+            built, varied, seeds=seeds, out=out, metric=metric, with_baselines=baselines, watch=watch
+        )
     if as_json:
         result = {"metric": found.metric, "variants": found.table, "csv": str(found.csv), "report": str(found.report)}
         _out.print_json(json.dumps(result))

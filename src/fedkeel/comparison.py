@@ -13,6 +13,7 @@ from typing import Any
 
 from fedkeel import plugins
 from fedkeel.api import Progress, Run, Watcher, resume, run
+from fedkeel.baselines import baselines
 from fedkeel.config import Job
 from fedkeel.core.errors import InputError
 
@@ -66,10 +67,13 @@ def compare(
     seeds: int = 3,
     out: Path | str | None = None,
     metric: str = "accuracy",
+    with_baselines: bool = True,
     watch: Callable[[str, int, Progress], None] | None = None,
 ) -> Comparison:
     """Run every combination of `vary` (key -> values, as `--vary` takes them) over `seeds` seeds: job.seed, +1, ...
 
+    Beside them run the baselines: plain FedAvg, each client by itself, all examples in one place. Where clients
+    hold examples back (data.holdout) what is compared is the mean over clients of each one's own model on its own.
     Finished runs under `out` are kept and interrupted ones resumed, so a comparison can be stopped and called again.
     All combinations are checked before the first is run. Writes `comparison.csv` and `report.html` into `out`.
     """
@@ -86,13 +90,17 @@ def compare(
             raise InputError(f"--vary {key} must name different values, as {key}=a,b")
     root = Path(out) if out else Path("runs") / f"{job.name}-compare"
     combinations = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
-    planned = [(c, _jobs(job, c, seeds)) for c in combinations]
+    planned = [(", ".join(c.values()) or job.name, folder(c), c, _jobs(job, c, seeds)) for c in combinations]
+    if with_baselines:
+        known_jobs = [jobs[0] for *_, jobs in planned]
+        for name, plain in baselines(job).items():
+            if plain not in known_jobs:
+                planned.append((name, f"baseline-{name}", {}, _jobs(plain, {}, seeds)))
     found = []
-    for settings, jobs in planned:
-        label = ", ".join(settings.values()) or job.name
+    for label, where, settings, jobs in planned:
         done = []
         for one in jobs:
-            place = root / folder(settings) / f"seed-{one.seed}"
+            place = root / where / f"seed-{one.seed}"
             tell = teller(watch, label, one.seed)
             done.append(run_or_resume(one, place, tell))
         found.append(_summary(label, settings, done, metric))
@@ -102,7 +110,8 @@ def compare(
         writer.writerow([*vary, "seeds", "mean", "low", "high", "values"])
         for v in found:
             values = " ".join(f"{x:.6g}" for x in v.values)
-            writer.writerow([*v.settings.values(), len(v.values), v.mean, v.low, v.high, values])
+            named = [*v.settings.values()] or [v.label, *[""] * (len(vary) - 1)][: len(vary)]
+            writer.writerow([*named, len(v.values), v.mean, v.low, v.high, values])
     rows = [
         {"label": v.label, "seeds": len(v.values), "mean": v.mean, "low": v.low, "high": v.high, "curves": v.curve}
         for v in found
@@ -142,11 +151,12 @@ def run_or_resume(job: Job, place: Path, watch: Watcher) -> Run:
 
 
 def _summary(label: str, settings: Mapping[str, str], runs: Sequence[Run], metric: str) -> Variant:
+    scope = "clients" if runs[0].job.data.holdout else "global"
     by_round: dict[int, list[float]] = {}
     alone: dict[int, tuple[float, float, float]] = {}
     for one in runs:
         for row in one.metrics:
-            if row["name"] == metric and row["scope"] == "global":
+            if row["name"] == metric and row["scope"] == scope:
                 value = math.nan if row["value"] is None else row["value"]  # a seed that diverged stays in sight
                 by_round.setdefault(row["round"], []).append(value)
                 low, high = (value if row[k] is None else row[k] for k in ("low", "high"))

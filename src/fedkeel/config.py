@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -325,7 +325,7 @@ def _read(annotation: Any, text: str) -> Any:
         return [part.strip("'\"") for part in split_list(inner)]
     if text in ("", "none") and type(None) in kinds:
         return None
-    if str in kinds:
+    if str in kinds and get_origin(annotation) is not Mapping:
         return text
     try:
         return tomllib.loads(f"v = {text}")["v"]

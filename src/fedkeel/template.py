@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -46,6 +47,8 @@ def _line(key: str, value: Any, comment: str) -> str:
 def _toml(value: Any) -> str:
     import tomli_w
 
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(tomli_w.dumps({k: v}).strip() for k, v in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return tomli_w.dumps({"v": value}).partition("= ")[2].strip()

@@ -180,6 +180,25 @@ def scatter(
     return Chart(title, _svg(figure, key, said), tuple(legend), note)
 
 
+def people(title: str, rows: Sequence[tuple[str, float, float | None]], key: str, note: str = "") -> Chart:
+    """Each client's accuracy by its own model, the worst first, and by the shared one where that is another."""
+    figure, axes = _figure(196)
+    own, shared = [value for _, value, _ in rows], [other for *_, other in rows]
+    places = range(1, len(rows) + 1)
+    legend = [("its own model", _CSS[SERIES[0]], "dot")]
+    if any(other is not None for other in shared):
+        for x, a, b in zip(places, own, shared, strict=True):
+            if b is not None:
+                axes.plot([x, x], [a, b], color=MUTED, linewidth=0.8, alpha=0.6)
+        axes.plot(places, shared, "x", color=SERIES[1], markersize=4.5, markeredgewidth=1.2)  # type: ignore[arg-type]
+        legend.append(("the shared model", _CSS[SERIES[1]], "cross"))
+    axes.plot(places, own, "o", color=SERIES[0], markersize=4)
+    _rounds(axes, "clients, the worst served first")
+    _percent(axes)
+    said = f"{title}: from {number(own[0], True)} for {short(rows[0][0], 40)} to {number(own[-1], True)}."
+    return Chart(title, _svg(figure, key, said), tuple(legend), note)
+
+
 def grid(title: str, cells: Grid, key: str, *, truth: bool, note: str = "") -> Chart:
     """Clients down, rounds across: blue is weight in the model's update, orange is refused."""
     figure, axes = _figure(196, left=60)

@@ -201,7 +201,8 @@ def _comparison(runs: Sequence[Run], keys: Iterator[str]) -> list[charts.Chart]:
 def _band(run: Run) -> str:
     """What bars and bands mean, if anything has them."""
     has = any(p.low is not None for points in run.series.values() for p in points)
-    return "Bars and bands: 95% interval over the test examples." if has else ""
+    over = "test examples" if run.meta.get("headline", "global") == "global" else "clients"
+    return f"Bars and bands: 95% interval over the {over}." if has else ""
 
 
 def _view(run: Run, index: int, first: Run, keys: Iterator[str]) -> dict[str, Any]:
@@ -225,6 +226,7 @@ def _view(run: Run, index: int, first: Run, keys: Iterator[str]) -> dict[str, An
         "time": time,
         "cards": list(_cards(run, time, percent)),
         "quality": _quality(run, index, keys),
+        "served": _served(run, keys),
         "admission": _admission(run, keys),
         "data": _data(run, keys),
         "cost": _cost(run, keys, time),
@@ -286,6 +288,37 @@ def _quality(run: Run, index: int, keys: Iterator[str]) -> list[charts.Chart]:
         title, note = f"{words.capital(words.name(name))} over rounds", _band(run) if name == run.main else ""
         line = charts.Curve(name, points, index)
         drawn.append(charts.curves(title, [line], next(keys), percent=words.is_share(name), note=note))
+    return drawn
+
+
+def _served(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
+    """What the clients have of it: their own models, and what local work does to their losses."""
+    own, drawn = run.own, []
+    if own.over_rounds:
+        rounds = summary.thin(own.over_rounds, summary.POINTS)
+        lines = [
+            charts.Curve("mean over clients", [Point(r["round"], r["mean"], r["low"], r["high"]) for r in rounds], 0),
+            charts.Curve("the worst tenth of them", [Point(r["round"], r["worst"]) for r in rounds], 1),
+        ]
+        if any(r["shared"] is not None for r in rounds):
+            lines.append(charts.Curve("the shared model", [Point(r["round"], r["shared"]) for r in rounds], 2))
+        note = "On each client's own examples. Band: 95% interval over the clients."
+        drawn.append(charts.curves("Accuracy of clients' own models", lines, next(keys), percent=True, note=note))
+    if own.last:
+        shown = summary.thin(own.last, summary.POINTS)
+        drawn.append(charts.people("Client by client, after the last round", shown, next(keys)))
+    if len(own.losses) > 1:
+        lines = [
+            charts.Curve(label, [Point(row["round"], row[name]) for row in own.losses], i)
+            for i, (label, name) in enumerate(
+                (("before: the shared model", "before"), ("after: the local model", "after"))
+            )
+        ]
+        note = (
+            "What clients say, on their validation examples if they have any, else on their first and last batches. A "
+            "wide gap: local models fit their own data, and drift apart."
+        )
+        drawn.append(charts.curves("Loss before and after local work", lines, next(keys), percent=False, note=note))
     return drawn
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedkeel.ship import own
 from fedkeel.ship.ledger import Ledger, Row
 from fedkeel.ship.rundir import RunDir
 
@@ -114,6 +115,7 @@ class Run:
     seconds: tuple[list[int], dict[str, list[float]]]  # rounds, and part -> mean seconds at each
     parts: dict[str, float]  # part -> seconds in all
     epsilon: float | None
+    own: own.Own
     table: list[Row] = field(default_factory=list)
 
     @property
@@ -141,7 +143,8 @@ def load(path: Path | str, label: str | None = None) -> Run:
             "total(bytes_down) AS down, max(epsilon) AS epsilon FROM rounds"
         )[0]
         first, last = span["first"] or 0, span["last"] or 0
-        series = _series(ledger)
+        series = _series(ledger, meta.get("headline", "global"))
+        accused = _accused(ledger)
         step = max(1, math.ceil((last - first + 1) / CELLS))
         return Run(
             label=label or str(meta.get("job") or run.path.resolve().name),
@@ -157,7 +160,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
             counts=counts,
             verdicts=_verdicts(ledger, first, step),
             refusals=_refusals(ledger),
-            accused=_accused(ledger),
+            accused=accused,
             dots={column: _dots(ledger, counts, column) for column in FIGURES},
             without_norm=ledger.query(_NO_NORM)[0]["n"],
             grid=_grid(ledger, first, last),
@@ -172,14 +175,18 @@ def load(path: Path | str, label: str | None = None) -> Run:
             seconds=_seconds(ledger, first, step),
             parts=_parts(ledger),
             epsilon=span["epsilon"],
+            own=own.load(ledger, step, [row["client"] for row in accused]),
             table=_table(ledger, series),
         )
 
 
-def _series(ledger: Ledger) -> dict[str, list[Point]]:
-    """Every metric of the global model, accuracy and loss first, the first and last point always kept."""
+def _series(ledger: Ledger, scope: str) -> dict[str, list[Point]]:
+    """Every metric of what the run is about, accuracy and loss first, the first and last point always kept."""
     found: dict[str, list[Point]] = {}
-    for row in ledger.metrics():
+    kept = None if scope == "global" else ("accuracy", "loss")  # what else is known of clients has its own place
+    for row in ledger.metrics(scope=scope):
+        if kept is not None and row["name"] not in kept:
+            continue
         found.setdefault(row["name"], []).append(Point(row["round"], row["value"], row["low"], row["high"]))
     order = {"accuracy": 0, "loss": 1}
     return {name: thin(found[name], POINTS) for name in sorted(found, key=lambda n: (order.get(n, 2), n))}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.core.registry import Rule
 from fedkeel.core.types import ClientMemory
 from fedkeel.train import Task, Trainer
 from fedkeel.train.contract import Prepare
@@ -75,38 +74,37 @@ class _Clients:
         self.first = federation.private()
 
     def figures(self) -> list[Figures]:
-        per_client = self._per_client()
-        names = list(per_client)
-        metrics = list(next(iter(per_client.values())).values)
-        held = {name: [float(_point(f.values[name])) for f in per_client.values()] for name in metrics}
-        overall: dict[str, Value] = {name: mean_interval(values) for name, values in held.items()}
+        """All clients together, then the groups, then one by one."""
+        measured = self._measured()
+        names = list(measured)
+        sizes = [size for _, size in measured.values()]
+        metrics = list(measured[names[0]][0])
+        held = {metric: [values[metric] for values, _ in measured.values()] for metric in metrics}
+        overall: dict[str, Value] = {metric: mean_interval(metric, values) for metric, values in held.items()}
         if "accuracy" in held:
             worst = sorted(held["accuracy"])[: max(1, len(names) // 10)]
             overall["worst_decile"] = sum(worst) / len(worst)
             overall["spread"] = float(torch.tensor(held["accuracy"], dtype=torch.float64).std(correction=0))
-        groups = []
+        found = [Figures(CLIENTS, overall, sum(sizes))]
         for group, pattern in self.federation.job.record.groups.items():
             members = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
-            values: dict[str, Value] = {
-                metric: mean_interval([values[i] for i in members]) for metric, values in held.items()
-            }
-            groups.append(Figures(GROUP + group, values, sum(per_client[names[i]].examples for i in members)))
-        total = sum(figures.examples for figures in per_client.values())
-        return [Figures(CLIENTS, overall, total), *groups, *per_client.values()]
+            theirs = {metric: mean_interval(metric, [values[i] for i in members]) for metric, values in held.items()}
+            found.append(Figures(GROUP + group, dict(theirs), sum(sizes[i] for i in members)))
+        return found + [Figures(CLIENT + name, dict(values), size) for name, (values, size) in measured.items()]
 
-    def _per_client(self) -> dict[str, Figures]:
+    def _measured(self) -> dict[str, tuple[dict[str, float], int]]:
+        """Client -> figures of its model, and on how many examples."""
         federation = self.federation
-        differs = self.tuner is not None or federation.personal
+        differs = (self.tuner is not None or federation.personal) and not federation.job.model.private
         found = {}
         for index, vector in self._own():
-            name = federation.members[index]
             x, y, prepare = self._examples(index)
-            values = self._values(vector, x, y, prepare, federation.work.objective)
-            if differs and not federation.job.model.private:
-                shared = self._values(self.theta, x, y, prepare, None)
-                values |= {f"shared_{name}": value for name, value in shared.items()}
-            found[index] = Figures(CLIENT + name, values, len(x))
-        return {federation.members[i]: found[i] for i in sorted(found)}
+            values = federation.measure(vector, x, y, prepare, federation.work.objective)
+            if differs:
+                shared = federation.measure(self.theta, x, y, prepare)
+                values |= {f"shared_{metric}": value for metric, value in shared.items()}
+            found[index] = {k: v for k, v in values.items() if not k.endswith("examples")}, len(x)
+        return {federation.members[index]: found[index] for index in sorted(found)}
 
     def _examples(self, index: int) -> tuple[Tensor, Tensor, Prepare]:
         """What a client's own model is tested on."""
@@ -135,12 +133,6 @@ class _Clients:
             moved = theta + done.delta if done.failure is None else theta
             yield done.client, moved if done.private is None else split_private(moved, done.private, plain)
 
-    def _values(
-        self, vector: Tensor, x: Tensor, y: Tensor, prepare: Prepare, objective: Rule | None
-    ) -> dict[str, Value]:
-        found = self.federation.measure(vector, x, y, prepare, objective)
-        return {name: found[name] for name in ("loss", "accuracy") if name in found}
-
 
 def split_private(theta: Tensor, private: Tensor, layout: Layout) -> Tensor:
     """The full vector (W,) of shared (P,) and private (W - P,) columns."""
@@ -161,14 +153,11 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(values: list[float]) -> tuple[float, float, float]:
-    """The mean over clients and its 95% interval."""
+def mean_interval(metric: str, values: list[float]) -> tuple[float, float, float]:
+    """The mean over clients and its 95% interval, kept where the metric can be."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, mean, mean
     half = Z95 * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return mean, mean - half, mean + half
-
-
-def _point(value: Value) -> float:
-    return value[0] if isinstance(value, tuple) else value
+    low, high = (0.0, 1.0) if metric.endswith("accuracy") else (-math.inf, math.inf)
+    return mean, max(low, mean - half), min(high, mean + half)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.wire import MAX_NAME
 from fedkeel.sim.composition import AUTO, choose
-from fedkeel.sim.evaluation import join_private
+from fedkeel.sim.evaluation import CLIENTS, GLOBAL, join_private
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
 from fedkeel.sim.pool import Pool, clients, keep_back, label_histogram, set_apart
@@ -78,6 +79,11 @@ class Federation:
         for name in split.names:
             if not 0 < len(name.encode(errors="replace")) <= MAX_NAME or not name.isprintable():
                 raise InputError(f"client name {name[:40]!r} is not valid: give 1 to {MAX_NAME} printable bytes")
+        for group, pattern in job.record.groups.items():
+            if not fnmatch.filter(split.names, pattern):
+                raise InputError(
+                    f"record.groups.{group} = '{pattern}' matches no client: their names are as '{split.names[0]}'"
+                )
         with _about("model.build"):
             module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
         with _about("model.loss"):
@@ -118,7 +124,7 @@ class Federation:
             with _about("train.validation"):
                 data, validation = set_apart(data, job.train.validation, names, key.fold("validation"))
         referee = None
-        if kept is not None:
+        if kept is not None and layout.columns:  # who trains alone asks nobody
             if job.model.private:
                 raise InputError("server.examples can not judge models with private layers: leave out one of the two")
             offsets = torch.tensor([0, len(kept)])
@@ -180,6 +186,12 @@ class Federation:
     def personal(self) -> bool:
         """Whether clients have models of their own."""
         return bool(self.job.model.private) or self.work.objective.hook("own") is not None
+
+    @property
+    def headline(self) -> str:
+        """Whose figures a run is about: the clients' own models' where they have some, else the shared one's."""
+        own = not self.job.model.private and (self.personal or self.job.record.fine_tune)
+        return CLIENTS if own else GLOBAL
 
     @property
     def alone(self) -> bool:

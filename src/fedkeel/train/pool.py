@@ -117,12 +117,12 @@ class _Arena:
         row = self.rows[slot]
         if self.width > self.columns:
             row[self.columns : self.width] = initial if task.private is None else task.private
-        for vector, name in zip(row[self.width :].view(-1, self.columns), self.memory, strict=True):
+        for vector, name in zip(row[self.width :].view(len(self.memory), self.columns), self.memory, strict=True):
             vector.copy_(task.memory[name]) if name in task.memory else vector.zero_()
 
     def task(self, slot: int, client: int, key: int) -> Task:
         row = self.rows[slot]
-        memory = dict(zip(self.memory, row[self.width :].view(-1, self.columns), strict=True))
+        memory = dict(zip(self.memory, row[self.width :].view(len(self.memory), self.columns), strict=True))
         return Task(client, Key(key), row[self.columns : self.width], memory)
 
 

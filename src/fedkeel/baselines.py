@@ -1,0 +1,32 @@
+"""What a federation is measured against: plain FedAvg, every client by itself, and all examples in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedkeel.config import Job
+
+FEDAVG, LOCAL, CENTRALISED = "FedAvg", "local-only", "centralised"
+
+
+def baselines(job: Job) -> dict[str, Job]:
+    """The baselines of a job, by name: the same data, model, local optimiser, local epochs and rounds.
+
+    FedAvg has no corrections but weight decay, no private layers, and the plain mean by examples, under the same
+    attack. Alone and centralised training have nobody hostile among them; there everyone takes part in every round.
+    """
+    sections: dict[str, Any] = job.model_dump(mode="json", exclude_none=True)
+    decay = [text for text in job.train.corrections if text.startswith("l2(")]
+    train = {**sections["train"], "corrections": decay, "objective": "plain"}
+    train.pop("private_first", None)
+    model = {**sections["model"], "private": []}
+    record = {key: value for key, value in sections["record"].items() if key not in ("fine_tune", "contribution")}
+    plain = {key: value for key, value in sections.items() if key not in ("aggregate", "quarantine", "client")}
+    plain |= {"train": train, "model": model, "record": record}
+    plain["server"] = {"examples": job.server.examples}
+    apart = {key: value for key, value in plain.items() if key not in ("attack", "select", "schedule")}
+    return {
+        FEDAVG: Job(**plain),
+        LOCAL: Job(**apart | {"model": model | {"private": ["*"]}}),
+        CENTRALISED: Job(**apart | {"data": {**sections["data"], "pooled": True}}),
+    }
