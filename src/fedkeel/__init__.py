@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fedkeel.core.types import Codec as Codec
     from fedkeel.core.types import Cohort as Cohort
     from fedkeel.core.types import Decision as Decision
+    from fedkeel.core.types import Local as Local
     from fedkeel.core.types import Refusal as Refusal
     from fedkeel.core.types import ServerState as ServerState
     from fedkeel.core.types import Update as Update
@@ -65,7 +66,7 @@ _HOMES = {
     "fedkeel.core.keys": ("Key",),
     "fedkeel.core.layout": ("Layout",),
     "fedkeel.core.registry": ("RegistrationError", "Rule", "build", "names", "parse", "rule"),
-    "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Refusal", "ServerState", "Update", "View"),
+    "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Local", "Refusal", "ServerState", "Update", "View"),
     "fedkeel.probing": ("Cell", "Probe", "probe"),
     "fedkeel.sim.pool": ("Pool", "Split"),
 }

@@ -86,7 +86,7 @@ def test_compare_gives_a_table_a_csv_and_a_report_and_can_be_called_again(fedkee
     assert code == 0, err
     assert "trimmed_mean(trim=1)" in out
     rows = list(csv.DictReader(Path("cmp/comparison.csv").read_text().splitlines()))
-    assert [row["aggregate.reduce"] for row in rows] == ["mean", "trimmed_mean(trim=1)"]
+    assert [row["aggregate.reduce"] for row in rows] == ["mean", "trimmed_mean(trim=1)", "local-only", "centralised"]
     for row in rows:
         values = [float(v) for v in row["values"].split()]
         assert len(values) == int(row["seeds"]) == 2
@@ -96,7 +96,7 @@ def test_compare_gives_a_table_a_csv_and_a_report_and_can_be_called_again(fedkee
     before = {p: p.stat().st_mtime_ns for p in Path("cmp").rglob("model.safetensors")}
     code, out, err = fedkeel(*arguments, "--out", "cmp", "--json")
     assert code == 0, err
-    assert len(json.loads(out)["variants"]) == 2
+    assert len(json.loads(out)["variants"]) == 4
     assert before == {p: p.stat().st_mtime_ns for p in Path("cmp").rglob("model.safetensors")}
     assert fedkeel(*arguments, "--out", "cmp", "--set", "train.lr=0.2")[0] == 2
 

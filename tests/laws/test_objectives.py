@@ -6,6 +6,7 @@ are drawn: H_i = 2 x_i' x_i and g_i(w) = H_i w - 2 x_i' y_i.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ import fedkeel
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.core.registry import build, parse, rule
-from fedkeel.core.types import ClientMemory, ServerState
+from fedkeel.core.registry import Rule, build, parse, rule
+from fedkeel.core.types import ClientMemory, Local, ServerState
 from fedkeel.sim.federation import Federation
 from fedkeel.sim.pool import Pool
 from fedkeel.sim.simulator import Simulator
+from fedkeel.testing import check
 from fedkeel.train import ClientData, LocalWork, Task, make_trainer
 from fedkeel.train.backends import fits
 from fedkeel.train.objective import parted, personal
@@ -361,3 +363,40 @@ def test_own_models_are_what_is_evaluated() -> None:
 def test_what_can_not_be_meant_is_refused(sections: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Federation.of(fedkeel.Job(**sections)).trainer()
+
+
+def one_loss(local: Local) -> tuple[Tensor, Tensor]:
+    losses = local.loss(local.run(local.model, local.x), local.y)
+    return losses, losses.mean()
+
+
+def stuck(local: Local) -> tuple[Tensor, Tensor]:
+    losses = local.loss(local.run({**local.model, "2.bias": local.model["2.bias"].detach()}, local.x), local.y)
+    return losses, losses
+
+
+def scales_the_batch(local: Local) -> tuple[Tensor, Tensor]:
+    losses = local.loss(local.run(local.model, local.x.mul_(0.5)), local.y)
+    return losses, losses
+
+
+def reads_a_figure(local: Local) -> tuple[Tensor, Tensor]:
+    losses = local.loss(local.run(local.model, local.x), local.y)
+    return losses * (2.0 if float(losses.detach().mean()) > 1.1 else 1.0), losses
+
+
+@pytest.mark.parametrize(
+    ("function", "traits", "words"),
+    [
+        (one_loss, (), "reports losses of shape"),
+        (stuck, (), "nothing moves '2.bias'"),
+        (scales_the_batch, (), "changed the batch"),
+        (reads_a_figure, (), "can not be recorded"),
+        (build("objective", "plain").definition.function, ("copy",), "nothing moves 'personal/"),
+    ],
+)
+def test_a_broken_objective_is_found(function: Any, traits: tuple[str, ...], words: str) -> None:
+    real = build("objective", "plain").definition
+    broken = Rule(dataclasses.replace(real, name="broken", function=function, traits=frozenset(traits)))
+    with pytest.raises(AssertionError, match=words):
+        check("objective", broken)
