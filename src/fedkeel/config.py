@@ -53,6 +53,7 @@ class Train(Section):
 
     batch_size: Positive = Field(20, description="examples per step")
     lr: Annotated[float, Field(gt=0, le=1e30)] = Field(0.1, description="learning rate of the local optimiser")
+    rate: str = Field("constant", description="factor of lr over the rounds: `fedkeel rules rate`")
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -371,3 +371,35 @@ def test_a_correction_that_looks_at_all_columns_is_no_part_of_what_steps_are_wor
     simulator, state = simulate(40, train={"corrections": ("test_whole", "scaffold")})
     assert simulator.federation.work.worth(torch.tensor([4])).tolist() == pytest.approx([4])
     torch.testing.assert_close(state.control["scaffold"], mean_kept(simulator, state), atol=1e-5, rtol=1e-5)
+
+
+def test_a_rate_that_falls_is_seen_by_clients_and_server_alike() -> None:
+    """SCAFFOLD ends at the optimum only if tau * lr is of the round's own lr on both sides; FedAvg nears it."""
+    falling = {"rate": "exponential(factor=0.5, every=20)"}
+    at = ends(240, train={"corrections": ("scaffold",), "rate": "exponential(factor=0.8, every=40)"})
+    np.testing.assert_allclose(at, optimum(), atol=2e-3)
+    stepped = ends(40, train=falling)
+    halves = averaged_after(averaged_after(np.zeros(P), LR, 20), LR / 2, 20)
+    np.testing.assert_allclose(stepped, halves, atol=2e-5)
+
+
+def averaged_after(w: Matrix, lr: float, rounds: int) -> Matrix:
+    """FedAvg's model after so many rounds from w."""
+    for _ in range(rounds):
+        ends_at = [
+            b + np.linalg.matrix_power(np.eye(P) - lr * h, k) @ (w - b) for h, b, k in zip(*bowls(), STEPS, strict=True)
+        ]
+        w = np.mean(ends_at, axis=0)
+    return w
+
+
+@pytest.mark.parametrize(
+    ("rate", "factors"),
+    [
+        ("constant", (1.0, 1.0, 1.0)),
+        ("exponential(factor=0.5, every=2)", (1.0, 1.0, 0.5)),
+        ("cosine(least=0.2)", (1.0, 0.6, 0.2)),
+    ],
+)
+def test_rates_are_what_they_say(rate: str, factors: tuple[float, ...]) -> None:
+    assert [parse("rate", rate)(r, 3) for r in (1, 2, 3)] == pytest.approx(factors)

@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "objective": ("(local) -> (losses to descend, losses (B,) to report)", "fedkeel.rules.objective"),
     "optimiser": ("(theta, g, slots, t, lr) -> None, in place", "fedkeel.rules.optimiser"),
     "stopping": ("(num_examples, batch_size, losses) -> steps wanted in all", "fedkeel.rules.stop"),
+    "rate": ("(round, rounds) -> factor of the learning rate", "fedkeel.rules.rate"),
     "row_transform": ("(U, keys, memory) -> (U, memory)", "fedkeel.rules.rows"),
     "codec": ("() -> Codec", "fedkeel.rules.codec"),
     "check": ("(update, door) -> reason or None", "fedkeel.rules.check"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class LocalWork:
     `corrections` change the gradient of the trainable columns before the step, in order. `stopping` says how many
     steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example;
     `objective` makes of the batch's what is descended, whose mean it is. `private_first` says how many steps train the
-    private layers alone before; the steps proper then leave them as they are.
+    private layers alone before; the steps proper then leave them as they are. `rate` changes lr over the `rounds`.
     """
 
     batch_size: int
@@ -34,11 +35,18 @@ class LocalWork:
     optimiser: Rule = field(default_factory=lambda: build("optimiser", "sgd"))
     objective: Rule = field(default_factory=lambda: build("objective", "plain"))
     private_first: Rule | None = None
+    rate: Rule = field(default_factory=lambda: build("rate", "constant"))
+    rounds: int = 1
     _known: _Response = field(default_factory=lambda: _Response(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.optimiser.init()  # says now what can not be meant
         require_once([rule.name for rule in self.corrections if {"memory", "control", "dial"} & rule.definition.traits])
+
+    def at(self, round: int) -> LocalWork:
+        """The work of a round (from 1): itself, at that round's learning rate."""
+        lr = self.lr * float(self.rate(round, self.rounds))
+        return self if lr == self.lr else _at_rate(self, lr)
 
     @property
     def slots(self) -> tuple[float, ...]:
@@ -94,6 +102,11 @@ class LocalWork:
         if not bool((torch.isfinite(first) & (first > 0)).all()):
             names = ", ".join(map(repr, self.corrections))
             raise InputError(f"{names} with train.lr = {self.lr:g}: local steps would swing back: lower one of them")
+
+
+@lru_cache(maxsize=4)  # what steps are worth is measured once a rate
+def _at_rate(work: LocalWork, lr: float) -> LocalWork:
+    return replace(work, lr=lr, rate=build("rate", "constant"))
 
 
 class _Response:

@@ -55,7 +55,12 @@ def recall(client: str, settled: int | None, memory: ClientMemory) -> None:
 
 
 def remember(
-    rows: Tensor, claims: Sequence[Claims], memory: ClientMemory, plan: Plan, control: Mapping[str, Tensor]
+    rows: Tensor,
+    claims: Sequence[Claims],
+    memory: ClientMemory,
+    plan: Plan,
+    control: Mapping[str, Tensor],
+    round: int,
 ) -> None:
     """What corrections make of the rows (n, P) that are about to be sent: pending until `recall` settles it.
 
@@ -65,12 +70,13 @@ def remember(
     if not afters or plan.work is None:
         return
     zero = torch.zeros(rows.shape[1])
-    worth = plan.work.worth(torch.tensor([claim.steps for claim in claims])).tolist()
+    work = plan.work.at(round)
+    worth = work.worth(torch.tensor([claim.steps for claim in claims])).tolist()
     for row, claim, tau in zip(rows, claims, worth, strict=True):
         held = memory.of(claim.client)
         made = {
             _PENDING + CORRECTION + name: after(
-                held.get(CORRECTION + name, zero), control.get(name, zero), row, tau, plan.work.lr
+                held.get(CORRECTION + name, zero), control.get(name, zero), row, tau, work.lr
             )
             for name, after in afters.items()
             if tau
@@ -114,11 +120,12 @@ def prepare(
     plan: Plan,
     layout: Layout,
     control: Mapping[str, Tensor] | None = None,
+    round: int = 1,
 ) -> list[bytes]:
     """Row transforms, what corrections keep, codec, envelope for rows (n, P) of the clients that `claims` name.
 
-    `control` is what the server sent to the corrections with the model.
+    `control` is what the server sent to the corrections with the model, `round` the round that it was sent in.
     """
     rows = transform(rows, keys, [c.client for c in claims], memory, plan, layout)
-    remember(rows, claims, memory, plan, control or {})
+    remember(rows, claims, memory, plan, control or {}, round)
     return encode(rows, keys, claims, plan)

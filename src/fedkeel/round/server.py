@@ -28,6 +28,7 @@ from fedkeel.core.types import (
     ServerState,
     Update,
 )
+from fedkeel.core.work import LocalWork
 from fedkeel.kernels import distance
 from fedkeel.round import wire
 from fedkeel.round.aggregate import Outcome, aggregate, per_step_, reduced, sum_of
@@ -86,7 +87,6 @@ class Server:
         self._book = Book(plan.quarantine, state.trust.get("offences", {}))
         self._left_out: dict[str, Refusal] = {}
         self._asked: set[str] = set()
-        self._lr = plan.work.lr if plan.work else 1.0
 
     def snapshot(self) -> ServerState:
         """The state to checkpoint. Work that is outstanding is not in it: a resumed round gives it out again."""
@@ -307,7 +307,7 @@ class Server:
             self._key.fold("cohort", self.state.round),
             self._referee,
             partial(reduced, self.plan),
-            self.plan.work.worth if self.plan.work else None,
+            self._work.worth if self._work else None,
         )
 
     def _step(self, outcome: Outcome) -> None:
@@ -319,6 +319,15 @@ class Server:
         if not math.isfinite(distance.sq_norm(theta)):
             raise CohortError("the aggregate is not finite")
         self.state = state.replace(theta=theta, opt=opt, kept=outcome.kept, version=state.version + 1)
+
+    @property
+    def _work(self) -> LocalWork | None:
+        """What clients do in this round."""
+        return self.plan.work.at(self.state.round + 1) if self.plan.work else None
+
+    @property
+    def _lr(self) -> float:
+        return self._work.lr if self._work else 1.0
 
     def _share(self, outcome: Outcome) -> float:
         """Of all clients, those whose updates were used."""

@@ -141,9 +141,9 @@ class Federation:
         fields = (module, layout, plain_layout, plan, work, adversary, referee, chosen)
         return cls(job, key, pool, data, validation, holdout, names, split.names, *fields)
 
-    def trainer(self, backend: str | None = None) -> Trainer:
-        """What trains the clients."""
-        return self._trainer(self.layout, self.work, backend, self.validation)
+    def trainer(self, backend: str | None = None, round: int = 1) -> Trainer:
+        """What trains the clients, at the learning rate of a round."""
+        return self._trainer(self.layout, self.work.at(round), backend, self.validation)
 
     def _trainer(
         self, layout: Layout, work: LocalWork, backend: str | None, validation: ClientData | None = None
@@ -301,4 +301,6 @@ def build_work(job: Job) -> LocalWork:
         optimiser=job.rule("train.optimiser", "optimiser"),
         objective=job.rule("train.objective", "objective"),
         private_first=job.rule("train.private_first", "stopping") if job.train.private_first else None,
+        rate=job.rule("train.rate", "rate"),
+        rounds=job.rounds,
     )

@@ -78,6 +78,7 @@ class Simulator:
         self._index = {name: i for i, name in enumerate(federation.names)}
         self._private = federation.private()
         self._tuner = federation.tuner()
+        self._lr = federation.work.at(1).lr
         self._labels = federation.label_shares(memory)
         self._now = now
         self._events: list[tuple[float, int, int, _Outcome | None]] = []
@@ -87,9 +88,14 @@ class Simulator:
 
     def run(self) -> ServerState:
         """To the end. The clock is virtual: it jumps from event to event."""
+        given = self.trainer
         pending: list[Command] | None = self.coordinator.start(self._now)
-        while pending is not None:
-            pending = self.advance(pending)
+        try:
+            while pending is not None:
+                pending = self.advance(pending)
+        finally:
+            if self.trainer is not given:  # that one is the caller's to close
+                self.trainer.close()
         return self.server.snapshot()
 
     def advance(self, pending: list[Command]) -> list[Command] | None:
@@ -176,6 +182,7 @@ class Simulator:
             device.recall(order.client, order.settled, self.memory)
         tasks = [self._task(o.client, keys[o.client]) for o in starting]
         control = self.server.state.control
+        self._tune(starting[0].round)
         for done in self.trainer.train(self.server.state.theta, tasks, control):
             order = by_index[done.client]
             if done.failure is not None:
@@ -193,12 +200,21 @@ class Simulator:
             else:
                 row, key = done.delta[None], keys[order.client]
                 plan, layout = federation.plan, federation.layout
-                sealed = device.prepare(row, [key], [claims], self.memory, plan, layout, control)
+                sealed = device.prepare(row, [key], [claims], self.memory, plan, layout, control, order.round)
                 yield _Outcome(order.client, order.task, sealed[0])
         if adversary.crafts_rows:
             kept = [slot for slot, claims in enumerate(seen) if claims is not None]
             rows = rows if len(kept) == len(rows) else rows[kept]
             yield from self._crafted(rows, [c for c in seen if c is not None], keys, starting[0].round, control)
+
+    def _tune(self, round: int) -> None:
+        """Train at the round's learning rate: a step is recorded with its rate in it, so it is recorded anew."""
+        work = self.federation.work.at(round)
+        if work.lr != self._lr:
+            self.trainer.close()
+            self.trainer, self._lr = self.federation.trainer(self.trainer.name, round), work.lr
+            if self.federation.referee is not None:
+                self.federation.referee.follow(work)
 
     def _crafted(
         self,
@@ -213,7 +229,7 @@ class Simulator:
         clients = [c.client for c in claims]
         row_keys = [keys[c] for c in clients]
         rows = device.transform(rows, row_keys, clients, self.memory, federation.plan, federation.layout)
-        device.remember(rows, claims, self.memory, federation.plan, control)
+        device.remember(rows, claims, self.memory, federation.plan, control, round)
         rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
             sealed = device.encode(rows[i : i + 1], [row_keys[i]], [claim], federation.plan)

@@ -30,8 +30,13 @@ class ServerExamples:
 
     def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> None:
         self._module, self._layout, self._data, self._work = module, layout, data, work
-        self._client = Client(module, layout, data, work, LoopStep(module, layout, data, work))
+        self.follow(work)
         self._inputs = data.prepare(data.x)
+
+    def follow(self, work: LocalWork) -> None:
+        """From now on update as clients do whose work is this."""
+        step = LoopStep(self._module, self._layout, self._data, work)
+        self._client = Client(self._module, self._layout, self._data, work, step)
 
     def judge(self, models: Iterable[Tensor]) -> Judged:
         """Mean loss and accuracy of each model (P,) on the examples."""
