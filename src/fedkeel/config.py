@@ -56,6 +56,9 @@ class Train(Section):
     rate: str = Field("constant", description="factor of lr over the rounds: `fedkeel rules rate`")
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
+    speeds: Mapping[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        {}, description="speeds of devices by pattern of client names, the first that fits, for stopping by budget"
+    )
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of each client's examples that it does not train on, to tell its loss by"
     )

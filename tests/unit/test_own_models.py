@@ -251,6 +251,22 @@ def test_early_asks_for_another_epoch_while_the_loss_falls(losses, expected):
     assert build("stopping", "early")(40, 10, losses) == expected
 
 
+@pytest.mark.parametrize(("backend", "workers"), [("loop", 1), ("traced", 2), ("rows", 1)])
+def test_a_budget_gives_slow_devices_less_work(tmp_path, backend, workers):
+    done = run(
+        tmp_path / "run",
+        rounds=1,
+        train={
+            "stopping": "budget(steps=9)",
+            "speeds": {"client-[0-2]": 0.5, "client-3": 2.0, "client-4": 0.01},
+            "backend": backend,
+            "workers": workers,
+        },
+    )
+    steps = {row["client"]: row["steps"] for row in done.updates}
+    assert steps == {f"client-{i}": {0: 4, 1: 4, 2: 4, 3: 18, 4: 1}.get(i, 9) for i in range(10)}
+
+
 def test_clients_tell_their_losses_before_and_after(tmp_path):
     done = run(tmp_path / "run", train={"validation": 0.2, "stopping": "epochs(epochs=3)"})
     assert all(row["metrics"]["local_loss"] < row["metrics"]["global_loss"] for row in done.updates)
@@ -262,7 +278,8 @@ def test_clients_tell_their_losses_before_and_after(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"record": {"groups": {"phones": "phone-*"}}}, "record.groups.phones = 'phone-.' matches no client"),
+        ({"train": {"speeds": {"phone-*": 0.5}}}, "train.speeds: 'phone-.' matches no client"),
+        ({"record": {"groups": {"phones": "phone-*"}}}, "record.groups.phones: 'phone-.' matches no client"),
         (
             {"train": {"validation": 0.2}, "data": {"clients": 1000, "partition": "iid", "holdout": 0.0}},
             "train.validation: client .* has 1 examples and cannot validate on any",

@@ -3,7 +3,8 @@
 `losses` are the losses of the steps so far. A rule with the trait `static` does not look at them and is asked once,
 before the first step; any other is asked again at the end of every epoch, and the client goes on while it wants more
 steps than were done. A last partial batch counts as a step. A rule with the trait `validation` is asked likewise, and
-`losses` are those on the client's validation examples: before the first step, and after every epoch.
+`losses` are those on the client's validation examples: before the first step, and after every epoch. With the trait
+`speed` a fourth argument is that of the client's device, as the job declares it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,18 @@ def whole_epochs(
 def fixed_steps(num_examples: int, batch_size: int, losses: Sequence[float], *, steps: Annotated[int, Ge(1)]) -> int:
     """So many steps for every client, whatever its data; a client with fewer batches starts over, reshuffled."""
     return steps
+
+
+@rule("stopping", traits=("static", "speed"))
+def budget(
+    num_examples: int, batch_size: int, losses: Sequence[float], speed: float, *, steps: Annotated[int, Ge(1)]
+) -> int:
+    """What a device can do in the time in which one of speed 1 does so many steps: at least one, rounded down.
+
+    Everyone is done at about the same time, slow devices with less work (FedNova's setting, Wang et al. 2020; put
+    `fednova` first in aggregate.mix). Speeds are declared by patterns of client names: train.speeds.
+    """
+    return max(1, int(steps * speed))
 
 
 @rule("stopping")

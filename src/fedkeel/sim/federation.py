@@ -79,11 +79,10 @@ class Federation:
         for name in split.names:
             if not 0 < len(name.encode(errors="replace")) <= MAX_NAME or not name.isprintable():
                 raise InputError(f"client name {name[:40]!r} is not valid: give 1 to {MAX_NAME} printable bytes")
-        for group, pattern in job.record.groups.items():
+        named = [(f"record.groups.{group}", pattern) for group, pattern in job.record.groups.items()]
+        for key_of, pattern in (*named, *(("train.speeds", pattern) for pattern in job.train.speeds)):
             if not fnmatch.filter(split.names, pattern):
-                raise InputError(
-                    f"record.groups.{group} = '{pattern}' matches no client: their names are as '{split.names[0]}'"
-                )
+                raise InputError(f"{key_of}: '{pattern}' matches no client: their names are as '{split.names[0]}'")
         with _about("model.build"):
             module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
         with _about("model.loss"):
@@ -181,6 +180,11 @@ class Federation:
         if self.layout.width == self.layout.columns:
             return None
         return join_private(self.layout.flatten(self.module), self.layout)
+
+    def speed(self, client: str) -> float:
+        """The speed of a client's device, 1 where the job declares none."""
+        speeds = self.job.train.speeds
+        return next((speed for pattern, speed in speeds.items() if fnmatch.fnmatchcase(client, pattern)), 1.0)
 
     @property
     def personal(self) -> bool:

@@ -239,7 +239,8 @@ class Simulator:
         memory = self.memory.of(client)
         kept = {r.name: memory.get(device.CORRECTION + r.name) for r in self.federation.work.corrections}
         known = {name: vector for name, vector in kept.items() if vector is not None}
-        return Task(self._index[client], key, memory.get("private", self._private), known)
+        own = memory.get("private", self._private)
+        return Task(self._index[client], key, own, known, self.federation.speed(client))
 
     def _claims(self, order: orders.Train, done: Trained) -> Claims:
         digest = self.federation.layout.digest

@@ -122,6 +122,12 @@ def tell(rules: Sequence[Rule], memory: Mapping[str, Tensor], control: Mapping[s
     )
 
 
+def steps_wanted(stopping: Rule, count: int, size: int, losses: Sequence[float], task: Task) -> int:
+    """How many steps a stopping rule wants in all of a task's client with so many examples."""
+    speed = (task.speed,) if "speed" in stopping.definition.traits else ()
+    return int(stopping(count, size, losses, *speed))
+
+
 def succeeded(losses: Sequence[float]) -> Outcome:
     """The outcome of a client whose losses are all finite."""
     if not losses:
@@ -214,7 +220,7 @@ class Client:
         losses: list[float] = []
         checked = [self._validated(task.client)] if self.validation is not None else []
         by_checks = "validation" in stopping.definition.traits
-        wanted = stopping(count, size, checked if by_checks else [])
+        wanted = steps_wanted(stopping, count, size, checked if by_checks else [], task)
         while len(losses) < wanted and count:
             order = epoch_order(task.key, epoch, count)[: (wanted - len(losses)) * size]
             new = self._steps(step, order + self.data.range(task.client)[0])
@@ -227,7 +233,7 @@ class Client:
                 if best is None or checked[-1] < best[0]:
                     best = checked[-1], len(losses), step.vector.clone()
             if "static" not in stopping.definition.traits:
-                wanted = stopping(count, size, checked if by_checks else losses)
+                wanted = steps_wanted(stopping, count, size, checked if by_checks else losses, task)
         if best is not None:
             losses = losses[: best[1]]
             step.vector.copy_(best[2])

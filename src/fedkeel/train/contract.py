@@ -71,13 +71,15 @@ class Task:
     `client` indexes `ClientData`. `key` is the client's key of this round: epoch e is shuffled by
     `torch.randperm(n, generator=key.fold("batches", e).torch())`; what the model draws comes from `key.fold("model")`.
     `private` are its private columns [trainable | buffers], (W - P,), by default the module's own; `memory` is what its
-    corrections keep, (P,) each under the correction's name, zero where there is none.
+    corrections keep, (P,) each under the correction's name, zero where there is none. `speed` is the device's, 1 being
+    that of the one that stopping rules by speed speak of.
     """
 
     client: int
     key: Key
     private: Tensor | None = None
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    speed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

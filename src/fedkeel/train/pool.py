@@ -30,7 +30,7 @@ from fedkeel.core.keys import Key
 from fedkeel.train.client import Client, Outcome, single_thread, trained
 from fedkeel.train.contract import Task, Trained
 
-_TASK = struct.Struct("<qqQ")  # slot, client, key
+_TASK = struct.Struct("<qqQd")  # slot, client, key, speed
 _RESULT = struct.Struct("<qqdddqq")  # slot, steps, losses (mean, first, last), kind, bytes of text
 _DONE, _FAILED = 0, 1
 _ARENA_BYTES = 1 << 25  # of rows: small ones are all given out at once
@@ -120,10 +120,10 @@ class _Arena:
         for vector, name in zip(row[self.width :].view(len(self.memory), self.columns), self.memory, strict=True):
             vector.copy_(task.memory[name]) if name in task.memory else vector.zero_()
 
-    def task(self, slot: int, client: int, key: int) -> Task:
+    def task(self, slot: int, client: int, key: int, speed: float) -> Task:
         row = self.rows[slot]
         memory = dict(zip(self.memory, row[self.width :].view(len(self.memory), self.columns), strict=True))
-        return Task(client, Key(key), row[self.columns : self.width], memory)
+        return Task(client, Key(key), row[self.columns : self.width], memory, speed)
 
 
 class Pool:
@@ -166,7 +166,7 @@ class Pool:
                 task, slot = waiting.popleft(), free.popleft()
                 running[slot] = task
                 arena.put(slot, task, self._initial)
-                orders += _TASK.pack(slot, task.client, task.key.value)
+                orders += _TASK.pack(slot, task.client, task.key.value, task.speed)
             if orders:  # in one piece: a worker that wakes up takes the core from the one who gives out the rest
                 os.write(self._tasks, orders)
             slot, outcome = self._receive(running)
@@ -288,9 +288,9 @@ def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
         torch.set_num_threads(1)
         layout, vector = client.layout, client.step.vector
         while record := os.read(read, _TASK.size):
-            slot, number, key = _TASK.unpack(record)
+            slot, number, key, speed = _TASK.unpack(record)
             kind, text, outcome = _DONE, "", Outcome(0, 0.0, None)
-            task = arena.task(slot, number, key)
+            task = arena.task(slot, number, key, speed)
             try:
                 outcome = client.train(arena.theta, task, arena.controls)
                 kind, text = (_FAILED, outcome.failure) if outcome.failure else (_DONE, "")

@@ -27,6 +27,7 @@ from fedkeel.train.client import (
     first_failure,
     seeded,
     single_thread,
+    steps_wanted,
     succeeded,
     tell,
     trained,
@@ -156,7 +157,7 @@ class Rows:
             for i, first in enumerate(self.slots):
                 self._put(f"slot.{i}", at, torch.full((layout.trainable.stop,), first))
         count = self.data.count(task.client)
-        wanted = self.work.stopping(count, self.work.batch_size, [])
+        wanted = steps_wanted(self.work.stopping, count, self.work.batch_size, [], task)
         lane = _Lane(task, count, wanted if count else 0, torch.empty(0, dtype=torch.int64))
         self._shuffle(lane, 0)
         return lane
@@ -182,7 +183,7 @@ class Rows:
         lane.losses += new
         lane.fresh = []
         if not static and lane.count:
-            lane.wanted = self.work.stopping(lane.count, self.work.batch_size, lane.losses)
+            lane.wanted = steps_wanted(self.work.stopping, lane.count, self.work.batch_size, lane.losses, lane.task)
             if done < lane.wanted:
                 self._shuffle(lane, done)
                 return None
