@@ -25,6 +25,7 @@ import methods
 import niid
 import outofcore
 import overhead
+import personal
 import published
 import reducers
 import resumable
@@ -85,6 +86,8 @@ def write_tables() -> None:
         text = replaced(text, "niid", niid.table(resumable.read(niid.RESULTS)))
     if localwork.RESULTS.exists():  # by benchmarks/localwork.py
         text = replaced(text, "localwork", localwork.table(resumable.read(localwork.RESULTS)))
+    if personal.RESULTS.exists():  # by benchmarks/personal.py
+        text = replaced(text, "personal", personal.table(resumable.read(personal.RESULTS)))
     text = replaced(text, "methods", methods.table(results["methods"])) if "methods" in results else text
     text = replaced(text, "outofcore", outofcore.table(results["outofcore"])) if "outofcore" in results else text
     page.write_text(text)
