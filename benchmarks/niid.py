@@ -20,7 +20,7 @@ from defence_tables import spread
 RESULTS = Path(__file__).parent / "results" / "niid.jsonl"
 PARTITIONS = {
     "IID": "iid",
-    "Dirichlet(0.5)": "dirichlet(alpha=0.5)",
+    "Dirichlet(0.5)": "dirichlet(alpha=0.5, capped=True)",
     "#C=3": "shards(classes_per_client=3, even=False)",
     "#C=2": "shards(classes_per_client=2, even=False)",
     "#C=1": "shards(classes_per_client=1, even=False)",

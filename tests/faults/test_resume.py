@@ -33,7 +33,7 @@ JOB = {
 KEPT = {
     **{name: value for name, value in JOB.items() if name != "server"},
     "model": {"build": "mlp(hidden=(16,))"},
-    "data": {"clients": 12, "partition": "dirichlet(alpha=1.0)"},
+    "data": {"clients": 12, "partition": "dirichlet(alpha=1.0)", "holdout": 0.2},
     "server": {"examples": 40},
     "client": {"labels": True},
     "aggregate": {"screens": ("norm_mad", "forecast"), "weigh": ("learned", "foolsgold"), "mix": ("norm_cap",)},
@@ -71,6 +71,9 @@ def job(backend: str) -> fedkeel.Job:
     train = {"backend": backend, "batch_size": 8, "workers": 2}
     if values is JOB:
         train |= {"corrections": ("scaffold", "adaptive_fedprox(mu=0.1)"), "optimiser": "sgd(momentum=0.5)"}
+    else:
+        train |= {"objective": "ditto(lam=0.1)", "rate": "exponential(factor=0.9, every=3)"}
+        train |= {"stopping": "early(patience=1, most=2)", "validation": 0.2}
     return fedkeel.Job(**{**values, "train": train})
 
 

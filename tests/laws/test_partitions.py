@@ -131,6 +131,21 @@ def test_dirichlet_has_the_moments_of_its_distribution() -> None:
     assert shares.var() == pytest.approx((n - 1) / (n**2 * (n * alpha + 1)), rel=0.1)
 
 
+def test_a_capped_dirichlet_gives_a_full_client_no_more_classes() -> None:
+    """Classes are dealt in order: none goes to who held an equal share of all examples before."""
+    some = pool(count=4000)
+    split = build("partition", "dirichlet", alpha=0.1, capped=True)(some, 20, Key.root(2))
+    for share in split.shares:
+        counts = torch.bincount(some.y[share], minlength=some.classes).tolist()
+        held = 0
+        for count in counts:
+            assert not (count and held >= 4000 / 20)
+            held += count
+    assert sum(len(share) for share in split.shares) == 4000
+    free = build("partition", "dirichlet", alpha=0.1)(some, 20, Key.root(2))
+    assert max(map(len, split.shares)) < max(map(len, free.shares))
+
+
 def test_dirichlet_quantity_alpha_skews_the_sizes_but_not_evenly_mixed_labels() -> None:
     some = pool(5000)
     even = build("partition", "dirichlet", alpha=100.0)(some, 10, Key.root(1))

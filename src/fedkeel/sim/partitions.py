@@ -46,13 +46,15 @@ def dirichlet(
     alpha: Positive,
     quantity_alpha: Positive | None = None,
     min_examples: Count = 2,
+    capped: bool = False,
 ) -> Split:
     """Skew the labels: each class is divided among the clients by a draw from Dirichlet(alpha); smaller is more skewed.
 
     The per-class split of Yurochkin et al. 2019 (Bayesian nonparametric FL, section 4) and NIID-Bench (Li et al.
-    2022, section 4.1, p_k ~ Dir(alpha)), without the cap on large clients in their code. With `quantity_alpha` the
-    clients' sizes are skewed as well: q ~ Dir(quantity_alpha), then p_k ~ Dir(alpha * clients * q), whose mean is q.
-    Drawn again, at most 100 times, until every client has `min_examples`.
+    2022, section 4.1, p_k ~ Dir(alpha)). `capped` as in their code, and in PFLlib's: who holds an equal share of all
+    examples already gets none of the classes that follow, so that clients hold fewer classes each. With
+    `quantity_alpha` the clients' sizes are skewed as well: q ~ Dir(quantity_alpha), then p_k ~ Dir(alpha * clients *
+    q), whose mean is q. Drawn again, at most 100 times, until every client has `min_examples`.
     """
     labels = _labels(pool, "dirichlet")
     _room(pool, clients, min_examples)
@@ -65,7 +67,11 @@ def dirichlet(
         parts: list[list[Indices]] = [[] for _ in range(clients)]
         for label in np.unique(labels):
             rows = rng.permutation(np.flatnonzero(labels == label))
-            for part, piece in zip(parts, _cut(rows, rng.dirichlet(concentration)), strict=True):
+            shares = rng.dirichlet(concentration)
+            if capped:
+                shares = shares * [sum(map(len, part)) < len(labels) / clients for part in parts]
+                shares /= shares.sum()
+            for part, piece in zip(parts, _cut(rows, shares), strict=True):
                 part.append(piece)
         return [np.concatenate(part) for part in parts]
 
