@@ -14,6 +14,7 @@ def baselines(job: Job) -> dict[str, Job]:
 
     FedAvg has no corrections but weight decay, no private layers, and the plain mean by examples, under the same
     attack. Alone and centralised training have nobody hostile among them; there everyone takes part in every round.
+    Where clients do a number of steps and not of epochs, centralised training does as many as all of a cohort together.
     """
     sections: dict[str, Any] = job.model_dump(mode="json", exclude_none=True)
     decay = [text for text in job.train.corrections if text.startswith("l2(")]
@@ -23,10 +24,21 @@ def baselines(job: Job) -> dict[str, Job]:
     record = {key: value for key, value in sections["record"].items() if key not in ("fine_tune", "contribution")}
     plain = {key: value for key, value in sections.items() if key not in ("aggregate", "quarantine", "client")}
     plain |= {"train": train, "model": model, "record": record}
+    plain["data"] = {**sections["data"], "pooled": False}
     plain["server"] = {"examples": job.server.examples}
     apart = {key: value for key, value in plain.items() if key not in ("attack", "select", "schedule")}
     return {
         FEDAVG: Job(**plain),
         LOCAL: Job(**apart | {"model": model | {"private": ["*"]}}),
-        CENTRALISED: Job(**apart | {"data": {**sections["data"], "pooled": True}}),
+        CENTRALISED: Job(
+            **apart | {"data": {**sections["data"], "pooled": True}, "train": train | {"stopping": _by_all(job)}}
+        ),
     }
+
+
+def _by_all(job: Job) -> str:
+    """How long one trains who trains for all."""
+    rule = job.rule("train.stopping", "stopping")
+    if rule.name in ("steps", "budget"):
+        return f"steps(steps={rule.parameters['steps'] * job.cohort})"
+    return job.train.stopping

@@ -90,12 +90,13 @@ def compare(
             raise InputError(f"--vary {key} must name different values, as {key}=a,b")
     root = Path(out) if out else Path("runs") / f"{job.name}-compare"
     combinations = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
-    planned = [(", ".join(c.values()) or job.name, folder(c), c, _jobs(job, c, seeds)) for c in combinations]
+    planned: list[Planned] = [
+        (", ".join(c.values()) or job.name, folder(c), c, _jobs(job, c, seeds)) for c in combinations
+    ]
+    if len({bool(jobs[0].data.holdout) for *_, jobs in planned}) > 1:
+        raise InputError("--vary data.holdout from or to 0 compares different figures: set it for all variants")
     if with_baselines:
-        known_jobs = [jobs[0] for *_, jobs in planned]
-        for name, plain in baselines(job).items():
-            if plain not in known_jobs:
-                planned.append((name, f"baseline-{name}", {}, _jobs(plain, {}, seeds)))
+        planned += _baselines(planned, seeds)
     found = []
     for label, where, settings, jobs in planned:
         done = []
@@ -107,17 +108,47 @@ def compare(
     table = root / "comparison.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*vary, "seeds", "mean", "low", "high", "values"])
+        writer.writerow(["variant", *vary, "seeds", "mean", "low", "high", "values"])
         for v in found:
             values = " ".join(f"{x:.6g}" for x in v.values)
-            named = [*v.settings.values()] or [v.label, *[""] * (len(vary) - 1)][: len(vary)]
-            writer.writerow([*named, len(v.values), v.mean, v.low, v.high, values])
+            writer.writerow(
+                [v.label, *(v.settings.get(key, "") for key in vary), len(v.values), v.mean, v.low, v.high, values]
+            )
     rows = [
         {"label": v.label, "seeds": len(v.values), "mean": v.mean, "low": v.low, "high": v.high, "curves": v.curve}
         for v in found
     ]
     page = write_comparison(root / "report.html", rows, metric=metric, settings=job.to_toml())
     return Comparison(metric, tuple(found), table, page)
+
+
+Planned = tuple[str, str, Mapping[str, str], list[Job]]
+
+
+def _baselines(variants: Sequence[Planned], seeds: int) -> list[Planned]:
+    """The baselines of the variants: one of each, or where what they keep of the job is varied, one for each value."""
+
+    def essence(job: Job) -> Job:
+        return job.model_copy(update={"name": "", "record": Job().record})
+
+    known_jobs = [essence(jobs[0]) for *_, jobs in variants]
+    found: dict[str, list[tuple[str, Job]]] = {}
+    for label, _, _, jobs in variants:
+        for name, plain in baselines(jobs[0]).items():
+            if essence(plain) not in known_jobs:
+                known_jobs.append(essence(plain))
+                found.setdefault(name, []).append((label, plain))
+    several = {name for name, jobs in found.items() if len(jobs) > 1}
+    return [
+        (
+            f"{name} ({label})" if name in several else name,
+            f"baseline-{name}" + (f"-{folder({'of': label})}" if name in several else ""),
+            {},
+            _jobs(plain, {}, seeds),
+        )
+        for name, jobs in found.items()
+        for label, plain in jobs
+    ]
 
 
 def known(value: float) -> float | None:

@@ -53,7 +53,7 @@ class Train(Section):
 
     batch_size: Positive = Field(20, description="examples per step")
     lr: Annotated[float, Field(gt=0, le=1e30)] = Field(0.1, description="learning rate of the local optimiser")
-    rate: str = Field("constant", description="factor of lr over the rounds: `fedkeel rules rate`")
+    lr_schedule: str = Field("constant", description="factor of lr over the rounds: `fedkeel rules rate`")
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
     speeds: Mapping[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
@@ -156,7 +156,7 @@ class Record(Section):
         description="steps that a client takes from the shared model on its own data before its own is tested: "
         "`fedkeel rules stopping`; none when left out",
     )
-    groups: Mapping[str, str] = Field(
+    groups: Mapping[Annotated[str, Field(min_length=1)], str] = Field(
         {}, description="groups of clients to measure together, by name pattern: {phones = 'phone-*'}"
     )
 

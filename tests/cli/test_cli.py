@@ -86,7 +86,8 @@ def test_compare_gives_a_table_a_csv_and_a_report_and_can_be_called_again(fedkee
     assert code == 0, err
     assert "trimmed_mean(trim=1)" in out
     rows = list(csv.DictReader(Path("cmp/comparison.csv").read_text().splitlines()))
-    assert [row["aggregate.reduce"] for row in rows] == ["mean", "trimmed_mean(trim=1)", "local-only", "centralised"]
+    assert [row["variant"] for row in rows] == ["mean", "trimmed_mean(trim=1)", "local-only", "centralised"]
+    assert [row["aggregate.reduce"] for row in rows] == ["mean", "trimmed_mean(trim=1)", "", ""]
     for row in rows:
         values = [float(v) for v in row["values"].split()]
         assert len(values) == int(row["seeds"]) == 2

@@ -72,7 +72,7 @@ def job(backend: str) -> fedkeel.Job:
     if values is JOB:
         train |= {"corrections": ("scaffold", "adaptive_fedprox(mu=0.1)"), "optimiser": "sgd(momentum=0.5)"}
     else:
-        train |= {"objective": "ditto(lam=0.1)", "rate": "exponential(factor=0.9, every=3)"}
+        train |= {"objective": "ditto(lam=0.1)", "lr_schedule": "exponential(factor=0.9, every=3)"}
         train |= {"stopping": "early(patience=1, most=2)", "validation": 0.2}
     return fedkeel.Job(**{**values, "train": train})
 

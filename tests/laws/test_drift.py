@@ -375,8 +375,8 @@ def test_a_correction_that_looks_at_all_columns_is_no_part_of_what_steps_are_wor
 
 def test_a_rate_that_falls_is_seen_by_clients_and_server_alike() -> None:
     """SCAFFOLD ends at the optimum only if tau * lr is of the round's own lr on both sides; FedAvg nears it."""
-    falling = {"rate": "exponential(factor=0.5, every=20)"}
-    at = ends(240, train={"corrections": ("scaffold",), "rate": "exponential(factor=0.8, every=40)"})
+    falling = {"lr_schedule": "exponential(factor=0.5, every=20)"}
+    at = ends(240, train={"corrections": ("scaffold",), "lr_schedule": "exponential(factor=0.8, every=40)"})
     np.testing.assert_allclose(at, optimum(), atol=2e-3)
     stepped = ends(40, train=falling)
     halves = averaged_after(averaged_after(np.zeros(P), LR, 20), LR / 2, 20)

@@ -203,6 +203,37 @@ def test_every_backend_takes_the_plain_loops_steps(
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
+def test_corrections_leave_what_is_the_clients_own_alone() -> None:
+    """A proximal term on the shared model moves neither Ditto's copy nor APFL's share."""
+    for backend in ("loop", "traced", "rows"):
+        plain, held = (outcomes(backend, small("ditto(lam=0.3)", rules)) for rules in ((), ("fedprox(mu=5.0)",)))
+        for client in plain:
+            torch.testing.assert_close(held[client][1], plain[client][1], rtol=1e-4, atol=1e-5)
+            assert float((held[client][0] - plain[client][0]).norm()) > 0.01
+        free, decayed = (outcomes(backend, small("apfl(alpha=0.9)", rules)) for rules in ((), ("l2(coef=0.5)",)))
+        shares = [torch.sigmoid(found[0][1][-1]) for found in (free, decayed)]
+        assert float((shares[0] - shares[1]).abs()) < 0.05
+
+
+class Stateful(nn.Module):
+    """Every second step is another (tests)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.n = nn.Linear(6, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += self.training
+        return self.layer(x) * (self.n % 2)
+
+
+def test_a_backend_is_tried_on_private_columns_too() -> None:
+    module, _, data, work = small("plain")
+    module = Stateful()
+    for private in ((), ("*",)):
+        assert "differs from the plain loop's" in str(fits("traced", module, Layout.of(module, private), data, work))
+
+
 def test_every_objective_is_under_these_laws() -> None:
     tested = {parse("objective", text).name for text in OBJECTIVES}
     assert {name for name in fedkeel.names("objective") if not name.startswith("test_")} == tested
@@ -250,6 +281,24 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.bn(self.body(x))))
+
+
+def test_per_fedavg_trains_a_batch_norm_and_reports_the_models_own_losses() -> None:
+    _, _, data, work = small("plain")
+    module, data = Normed(), ClientData(data.x, data.y, torch.tensor([0, 8, 16, 32]))
+    losses = []
+    for objective in ("plain", "per_fedavg(alpha=0.1)", "per_fedavg(alpha=0.1, exact=True)"):
+        given = LocalWork(
+            8, 0.05, build("stopping", "steps", steps=2), work.loss, objective=parse("objective", objective)
+        )
+        for backend in ("loop", "traced"):
+            (done,) = make_trainer(backend, module, Layout.of(module), data, given, workers=1).train(
+                Layout.of(module).flatten(module), [Task(2, Key.root(1))]
+            )
+            assert done.failure is None
+            losses.append(done.first_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[2:] == pytest.approx([losses[2]] * 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["ditto(lam=0.3)", "apfl", "moon"])

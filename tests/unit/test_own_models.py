@@ -18,7 +18,7 @@ from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
 from fedkeel.core.types import ClientMemory
 from fedkeel.ship import checkpoint
-from fedkeel.sim.evaluation import mean_interval, measure, split_private
+from fedkeel.sim.evaluation import mean_interval, measure
 from fedkeel.sim.federation import POOLED, Federation
 from fedkeel.sim.pool import set_apart
 from fedkeel.train import Task
@@ -141,7 +141,7 @@ def test_a_client_that_shares_nothing_trains_as_if_there_were_no_others(tmp_path
         (step,) = trainer.train(vector, [Task(with_name["client-3"], key)])
         vector = vector + step.delta
     torch.testing.assert_close(memory.of("client-3")["private"], vector, rtol=1e-4, atol=1e-5)
-    theta = split_private(done.state.theta, memory.of("client-3")["private"], federation.layout)
+    theta = federation.layout.joined(done.state.theta, memory.of("client-3")["private"])
     mine = slice(*federation.holdout.range(3))
     x, y = federation.holdout.x[mine], federation.holdout.y[mine]
     found = federation.measure(theta, x, y, federation.holdout.prepare)
@@ -197,9 +197,93 @@ def test_compare_sets_the_baselines_beside_the_variants(tmp_path):
     assert values[LOCAL] == figure(one, "clients")
     assert values["ditto(lam=0.1)"] > values["plain"]
     with found.csv.open() as file:
-        assert [row["train.objective"] for row in csv.DictReader(file)] == list(values)
+        assert [row["variant"] for row in csv.DictReader(file)] == list(values)
     without = compare(job(2, record={"evaluate_every": 2}), vary, seeds=1, out=tmp_path / "cmp", with_baselines=False)
     assert [v.label for v in without.variants] == ["ditto(lam=0.1)", "plain"]
+
+
+def test_baselines_go_with_what_is_varied_of_theirs(tmp_path):
+    base = job(1, aggregate={"reduce": "median"}, attack={"rule": "sign_flip"}, record={"evaluate_every": 1})
+    found = compare(base, {"attack.clients": ["0", "2"]}, seeds=1, out=tmp_path / "cmp")
+    labels = [v.label for v in found.variants]
+    assert labels == ["0", "2", "FedAvg (0)", "FedAvg (2)", LOCAL, CENTRALISED]
+    hostile = {v.label: fedkeel.Run(v.runs[0]).job.attack.clients for v in found.variants}
+    assert list(hostile.values()) == [0, 2, 0, 2, 0, 0]
+    with pytest.raises(InputError, match=r"data\.holdout from or to 0"):
+        compare(base, {"data.holdout": ["0.0", "0.2"]}, seeds=1, out=tmp_path / "other")
+
+
+def test_one_who_trains_for_all_does_as_many_steps():
+    steps = job(train={"stopping": "steps(steps=3)"}, select={"cohort": 4})
+    assert baselines(steps)[CENTRALISED].train.stopping == "steps(steps=12)"
+    assert baselines(steps)[LOCAL].train.stopping == "steps(steps=3)"
+    assert not baselines(job(data={"pooled": True}))[FEDAVG].data.pooled
+
+
+def test_the_server_can_update_as_clients_that_stop_early_do(tmp_path):
+    done = run(
+        tmp_path / "run",
+        train={"validation": 0.2, "stopping": "early(most=2)"},
+        server={"examples": 60},
+        aggregate={"weigh": ("fltrust",)},
+    )
+    assert [row["skipped"] for row in done.rounds] == [None] * 3
+
+
+def test_hostile_clients_own_models_count_for_nobody(tmp_path):
+    done = run(
+        tmp_path / "run",
+        attack={"rule": "label_flip", "clients": 3},
+        train={"objective": "ditto(lam=0.1)"},
+        record={"groups": {"all": "*"}},
+    )
+    hostile = Federation.of(done.job).adversary.clients
+    honest = [figure(done, f"client/client-{i}") for i in range(10) if f"client-{i}" not in hostile]
+    assert len(honest) == 7
+    assert figure(done, "clients") == pytest.approx(sum(honest) / 7)
+    assert figure(done, "group/all") == pytest.approx(sum(honest) / 7)
+
+
+def test_regressions_have_a_worst_tenth_and_groups_by_loss(tmp_path):
+    @fedkeel.rule("source", name="test_line_for_clients")
+    def line(key):
+        """y = x w, of ten clients who disagree (tests)."""
+        x = torch.randn(200, 5, generator=key.torch())
+        group = torch.arange(200) % 10
+        return fedkeel.Pool.from_arrays(x, x.sum(1) * (1.0 + group), group=group.numpy())
+
+    done = run(
+        tmp_path / "run",
+        data={"source": "test_line_for_clients", "partition": "natural"},
+        model={"build": "mlp(hidden=(4,))", "loss": "mse"},
+        train={"lr": 0.01},
+        record={"groups": {"first": "[0-4]"}},
+    )
+    losses = [figure(done, f"client/{i}", "loss") for i in range(10)]
+    assert figure(done, "clients", "worst_decile") == max(losses)
+    assert figure(done, "group/first", "loss") == pytest.approx(sum(losses[:5]) / 5)
+    page = done.report().read_text()
+    assert "Loss of clients&#39; own models" in page or "Loss of clients' own models" in page
+    assert "Group by group" in page
+
+
+def test_a_tuning_that_fails_leaves_the_clients_model_as_it_was(tmp_path):
+    done = run(tmp_path / "run", model={"private": ("head",)})
+    memory = checkpoint.load(checkpoint.latest(done.dir.checkpoints))[1]
+    wild = Federation.of(
+        done.job.with_settings(["train.lr=1e19", "train.backend=loop", "record.fine_tune=steps(steps=30)"])
+    )
+    plain = measure(Federation.of(done.job), done.state.theta, memory, None)
+    tuned = measure(wild, done.state.theta, memory, wild.tuner())
+    assert {f.scope: f.values["accuracy"] for f in tuned} == {f.scope: f.values["accuracy"] for f in plain}
+
+
+def test_fedreps_shared_model_is_measured_before_the_head_is_trained(tmp_path):
+    def before(**train: Any) -> list[float]:
+        done = run(tmp_path / str(len(train)), rounds=1, model={"private": ("head",)}, train=train)
+        return [row["metrics"]["global_loss"] for row in done.updates]
+
+    assert before() == pytest.approx(before(private_first="epochs(epochs=5)"), rel=1e-5)
 
 
 def test_validation_examples_are_of_the_client_and_no_step_sees_them():
@@ -245,7 +329,15 @@ def test_early_stopping_sends_the_best_epochs_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("losses", "expected"),
-    [([2.0], 4), ([2.0, 1.0], 8), ([2.0, 1.0, 1.5], 8), ([2.0, 3.0], 8), ([2.0, 3.0, 3.5], 8), ([2.0, 3.0, 2.5], 12)],
+    [
+        ([2.0], 4),
+        ([2.0, float("nan"), 1.0, 0.9], 16),
+        ([2.0, 1.0], 8),
+        ([2.0, 1.0, 1.5], 8),
+        ([2.0, 3.0], 8),
+        ([2.0, 3.0, 3.5], 8),
+        ([2.0, 3.0, 2.5], 12),
+    ],
 )
 def test_early_asks_for_another_epoch_while_the_loss_falls(losses, expected):
     assert build("stopping", "early")(40, 10, losses) == expected
@@ -278,6 +370,11 @@ def test_clients_tell_their_losses_before_and_after(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
+        ({"data": {"pooled": True}, "model": {"private": ("head",)}}, "data.pooled trains one model for all"),
+        ({"data": {"pooled": True}, "train": {"objective": "apfl"}}, "data.pooled trains one model for all"),
+        ({"model": {"private": ("*",)}, "aggregate": {"weigh": ("krum(f=1)",)}}, "nothing to screen, weigh, mix"),
+        ({"data": {"holdout": 0.0}, "record": {"groups": {"all": "*"}}}, "set data.holdout"),
+        ({"model": {"build": "logistic"}, "train": {"objective": "moon"}}, "train.objective.*there are no features"),
         ({"train": {"speeds": {"phone-*": 0.5}}}, "train.speeds: 'phone-.' matches no client"),
         ({"record": {"groups": {"phones": "phone-*"}}}, "record.groups.phones: 'phone-.' matches no client"),
         (

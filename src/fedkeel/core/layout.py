@@ -161,6 +161,15 @@ class Layout:
             for s in (self.offsets[e.name],)
         }
 
+    def private(self, full: Tensor) -> Tensor:
+        """The private columns (W - P,) of a full vector (W,): trainable ones, then buffers."""
+        return torch.cat([full[: self.shared.start], full[self.shared.stop :]])
+
+    def joined(self, theta: Tensor, private: Tensor) -> Tensor:
+        """The full vector (W,) of shared (P,) and private (W - P,) columns."""
+        first = self.shared.start
+        return torch.cat([private[:first], theta, private[first:]])
+
     def load_(self, module: nn.Module, vector: Tensor) -> None:
         """Copy a vector, (W,) or (P,), into the module's own tensors."""
         state = dict(module.named_parameters()) | dict(module.named_buffers())

@@ -9,9 +9,11 @@ float buffer, trained along with the model, which never travels; `init` names fu
 (`local.extra`). With the trait `last` the copy is not trained: it is the model that the client's last work ended with.
 With the trait `start`, `local.start` is what the client began the round with.
 
+Corrections act on the model, and leave what is the client's own alone.
+
 Hooks. `own(model, own, extra, trained) -> tensors`: the model that is the client's, tested as such. `pull(g, v, w0)
 -> g`: the gradient of the copy's columns, given the copy and the shared parameters at the round's start; column by
-column.
+column. `rate() -> float`: the learning rate at which a client's model is tuned before it is tested.
 """
 
 from __future__ import annotations
@@ -87,13 +89,22 @@ def apfl(
     return losses + local.loss(local.run(mixed, local.x), local.y), losses
 
 
-@rule("objective", traits=("halves",))
+def _apart(local: Local) -> Tensors:
+    """The model's buffers, to be changed without a trace."""
+    return {name: tensor.clone() for name, tensor in local.model.items() if name not in local.trained}
+
+
+def _adapting_rate(*, alpha: float, exact: bool) -> float:
+    return alpha
+
+
+@rule("objective", hooks={"rate": _adapting_rate})
 def per_fedavg(local: Local, *, alpha: Above0, exact: bool = False) -> tuple[Tensor, Tensor]:
     """A model that one step of `alpha` on a client's own data makes good, rather than one that is good (Per-FedAvg).
 
     Fallah et al. 2020, algorithm 1: half of each batch takes the model a step ahead, the gradient there on the other
     half moves the model: the first-order variant, or with `exact` through the second derivatives. Test it with
-    record.fine_tune, as "steps(steps=1)" at the same rate.
+    record.fine_tune, as "steps(steps=1)", which steps at that rate. Takes batches apart: not for clients side by side.
     """
     half = max(1, len(local.y) // 2)
     near, far = slice(half), slice(half if len(local.y) > 1 else 0, None)
@@ -101,7 +112,7 @@ def per_fedavg(local: Local, *, alpha: Above0, exact: bool = False) -> tuple[Ten
     rest = {name: tensor for name, tensor in local.model.items() if name not in parameters}
 
     def ahead(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        losses = local.loss(local.run({**rest, **parameters}, local.x[near]), local.y[near])
+        losses = local.loss(local.run({**_apart(local), **parameters}, local.x[near]), local.y[near])
         return losses.mean(), losses
 
     gradients, before = torch.func.grad(ahead, has_aux=True)(parameters)
@@ -110,12 +121,11 @@ def per_fedavg(local: Local, *, alpha: Above0, exact: bool = False) -> tuple[Ten
         for name, p in parameters.items()
     }
     after = local.loss(local.run({**rest, **moved}, local.x[far]), local.y[far])
-    return after, torch.cat([before, after])[: len(local.y)]
-
-
-def _apart(local: Local) -> Tensors:
-    """The model's buffers, to be changed without a trace."""
-    return {name: tensor.clone() for name, tensor in local.model.items() if name not in local.trained}
+    if len(local.y) == 1:
+        return after, before
+    with torch.no_grad():
+        other = local.loss(local.run({**_apart(local), **parameters}, local.x[far]), local.y[far])
+    return after, torch.cat([before.detach(), other])
 
 
 @rule("objective", traits=("last", "start"))

@@ -84,6 +84,6 @@ def early(
     """
     epoch = max(1, -(-num_examples // batch_size))
     done = max(0, len(losses) - 1)
-    after = losses[1:]
+    after = [math.inf if math.isnan(loss) else loss for loss in losses[1:]]
     over = done >= most or (done > 0 and done - 1 - after.index(min(after)) >= patience)
     return done * epoch if over else (done + 1) * epoch

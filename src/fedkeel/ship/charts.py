@@ -180,8 +180,8 @@ def scatter(
     return Chart(title, _svg(figure, key, said), tuple(legend), note)
 
 
-def people(title: str, rows: Sequence[tuple[str, float, float | None]], key: str, note: str = "") -> Chart:
-    """Each client's accuracy by its own model, the worst first, and by the shared one where that is another."""
+def people(title: str, rows: Sequence[tuple[str, float, float | None]], key: str, *, percent: bool) -> Chart:
+    """Each client's figure by its own model, the worst first, and by the shared one where that is another."""
     figure, axes = _figure(196)
     own, shared = [value for _, value, _ in rows], [other for *_, other in rows]
     places = range(1, len(rows) + 1)
@@ -194,9 +194,10 @@ def people(title: str, rows: Sequence[tuple[str, float, float | None]], key: str
         legend.append(("the shared model", _CSS[SERIES[1]], "cross"))
     axes.plot(places, own, "o", color=SERIES[0], markersize=4)
     _rounds(axes, "clients, the worst served first")
-    _percent(axes)
-    said = f"{title}: from {number(own[0], True)} for {short(rows[0][0], 40)} to {number(own[-1], True)}."
-    return Chart(title, _svg(figure, key, said), tuple(legend), note)
+    if percent:
+        _percent(axes)
+    said = f"{title}: from {number(own[0], percent)} for {short(rows[0][0], 40)} to {number(own[-1], percent)}."
+    return Chart(title, _svg(figure, key, said), tuple(legend))
 
 
 def grid(title: str, cells: Grid, key: str, *, truth: bool, note: str = "") -> Chart:

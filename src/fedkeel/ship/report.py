@@ -294,6 +294,7 @@ def _quality(run: Run, index: int, keys: Iterator[str]) -> list[charts.Chart]:
 def _served(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
     """What the clients have of it: their own models, and what local work does to their losses."""
     own, drawn = run.own, []
+    percent = words.is_share(own.metric)
     if own.over_rounds:
         rounds = summary.thin(own.over_rounds, summary.POINTS)
         lines = [
@@ -303,10 +304,11 @@ def _served(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
         if any(r["shared"] is not None for r in rounds):
             lines.append(charts.Curve("the shared model", [Point(r["round"], r["shared"]) for r in rounds], 2))
         note = "On each client's own examples. Band: 95% interval over the clients."
-        drawn.append(charts.curves("Accuracy of clients' own models", lines, next(keys), percent=True, note=note))
+        title = f"{words.capital(own.metric)} of clients' own models"
+        drawn.append(charts.curves(title, lines, next(keys), percent=percent, note=note))
     if own.last:
         shown = summary.thin(own.last, summary.POINTS)
-        drawn.append(charts.people("Client by client, after the last round", shown, next(keys)))
+        drawn.append(charts.people("Client by client, after the last round", shown, next(keys), percent=percent))
     if len(own.losses) > 1:
         lines = [
             charts.Curve(label, [Point(row["round"], row[name]) for row in own.losses], i)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fedkeel.core.keys import Key
-from fedkeel.core.layout import Layout
 from fedkeel.core.types import ClientMemory
 from fedkeel.train import Task, Trainer
 from fedkeel.train.contract import Prepare
@@ -38,7 +37,8 @@ def measure(federation: Federation, theta: Tensor, memory: ClientMemory, tuner: 
     `global` is the shared model on the test set; under an attack with a trigger, `backdoor` is its success: the share
     of marked examples of other classes that are taken for the wanted one. Where layers are private there is no such
     model, and it is the mean over clients. Where clients hold examples back, `clients` is the mean over clients of each
-    one's own model on those, with the mean of the worst tenth of the clients and the standard deviation; where a
+    one's own model on those, hostile ones left out, with the mean of the worst tenth and the standard deviation (of
+    accuracies, or of losses where there are no classes); where a
     client's own model is not the shared one, that is measured beside it (`shared_accuracy`). `tuner` takes each
     client's model some steps on its own data first. Clients that train alone and hold nothing back are tested on the
     test set.
@@ -79,17 +79,22 @@ class _Clients:
         names = list(measured)
         sizes = [size for _, size in measured.values()]
         metrics = list(measured[names[0]][0])
-        held = {metric: [values[metric] for values, _ in measured.values()] for metric in metrics}
+        # What a hostile client's own model is worth to it is nobody's concern.
+        hostile = set(self.federation.adversary.clients)
+        counted = [i for i, name in enumerate(names) if name not in hostile] or list(range(len(names)))
+        figures = [values for values, _ in measured.values()]
+        held = {metric: [figures[i][metric] for i in counted] for metric in metrics}
         overall: dict[str, Value] = {metric: mean_interval(metric, values) for metric, values in held.items()}
-        if "accuracy" in held:
-            worst = sorted(held["accuracy"])[: max(1, len(names) // 10)]
-            overall["worst_decile"] = sum(worst) / len(worst)
-            overall["spread"] = float(torch.tensor(held["accuracy"], dtype=torch.float64).std(correction=0))
-        found = [Figures(CLIENTS, overall, sum(sizes))]
+        main, best_first = ("accuracy", True) if "accuracy" in held else ("loss", False)
+        worst = sorted(held[main], reverse=not best_first)[: max(1, len(held[main]) // 10)]
+        overall["worst_decile"] = sum(worst) / len(worst)
+        overall["spread"] = float(torch.tensor(held[main], dtype=torch.float64).std(correction=0))
+        found = [Figures(CLIENTS, overall, sum(sizes[i] for i in counted))]
         for group, pattern in self.federation.job.record.groups.items():
-            members = [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
-            theirs = {metric: mean_interval(metric, [values[i] for i in members]) for metric, values in held.items()}
-            found.append(Figures(GROUP + group, dict(theirs), sum(sizes[i] for i in members)))
+            members = [i for i in counted if fnmatch.fnmatchcase(names[i], pattern)]
+            if members:
+                theirs = {metric: mean_interval(metric, [figures[i][metric] for i in members]) for metric in metrics}
+                found.append(Figures(GROUP + group, dict(theirs), sum(sizes[i] for i in members)))
         return found + [Figures(CLIENT + name, dict(values), size) for name, (values, size) in measured.items()]
 
     def _measured(self) -> dict[str, tuple[dict[str, float], int]]:
@@ -120,7 +125,7 @@ class _Clients:
         if self.tuner is None:
             for index, name in enumerate(federation.members):
                 own = self.memory.of(name).get("private", self.first)
-                yield index, theta if own is None else split_private(theta, own, layout)
+                yield index, theta if own is None else layout.joined(theta, own)
             return
         key = Key.root(federation.job.seed).fold("fine_tune")
         plain = federation.plain_layout
@@ -129,20 +134,11 @@ class _Clients:
             Task(index, key.fold(name), None if private is None else self.memory.of(name).get("private", private))
             for index, name in enumerate(federation.members)
         ]
+        given = {task.client: task.private for task in tasks}
         for done in self.tuner.train(theta, tasks):
-            moved = theta + done.delta if done.failure is None else theta
-            yield done.client, moved if done.private is None else split_private(moved, done.private, plain)
-
-
-def split_private(theta: Tensor, private: Tensor, layout: Layout) -> Tensor:
-    """The full vector (W,) of shared (P,) and private (W - P,) columns."""
-    first = layout.shared.start
-    return torch.cat([private[:first], theta, private[first:]])
-
-
-def join_private(full: Tensor, layout: Layout) -> Tensor:
-    """The private columns (W - P,) of a full vector (W,): trainable ones, then buffers."""
-    return torch.cat([full[: layout.shared.start], full[layout.shared.stop :]])
+            failed = done.failure is not None  # then its model stays what it was
+            moved, own = (theta, given[done.client]) if failed else (theta + done.delta, done.private)
+            yield done.client, moved if own is None else plain.joined(moved, own)
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -156,7 +152,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def mean_interval(metric: str, values: list[float]) -> tuple[float, float, float]:
     """The mean over clients and its 95% interval, kept where the metric can be."""
     mean = sum(values) / len(values)
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return mean, mean, mean
     half = Z95 * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
     low, high = (0.0, 1.0) if metric.endswith("accuracy") else (-math.inf, math.inf)

@@ -14,20 +14,20 @@ from fedkeel.config import Job
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.core.registry import Rule, build
+from fedkeel.core.registry import Rule, build, definition
 from fedkeel.core.types import ClientMemory
 from fedkeel.round import device
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.wire import MAX_NAME
 from fedkeel.sim.composition import AUTO, choose
-from fedkeel.sim.evaluation import CLIENTS, GLOBAL, join_private
+from fedkeel.sim.evaluation import CLIENTS, GLOBAL
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
 from fedkeel.sim.pool import Pool, clients, keep_back, label_histogram, set_apart
 from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
 from fedkeel.train.contract import ClientData, Prepare
-from fedkeel.train.objective import personal
+from fedkeel.train.objective import personal, try_objective
 
 POOLED = "pooled"
 """The one client of a job whose clients' examples are put together."""
@@ -87,13 +87,17 @@ class Federation:
             module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
         with _about("model.loss"):
             _try_loss(module, pool, work)
-        own = personal(module, work.objective)
+        with _about("train.objective"):
+            own = personal(module, work.objective)
         if own and job.model.private:
             raise InputError(
                 f"train.objective = '{work.objective!r}' gives each client a model: leave out model.private"
             )
         plain_layout = Layout.of(module, job.model.private)
         layout = Layout.of(module, job.model.private, own) if own else plain_layout
+        if work.objective.definition is not definition("objective", "plain"):
+            with _about("train.objective"):
+                try_objective(module, layout, work, pool.prepare(pool.x[:4]), pool.y[:4])
         if work.private_first and not 0 < layout.shared.start < layout.trainable.stop:
             raise InputError(
                 "train.private_first trains private layers before the shared: name some, not all, in model.private"
@@ -103,7 +107,7 @@ class Federation:
         with _about("train.corrections"):
             work.check()
             apart = [r for r in work.corrections if "shared_only" in r.definition.traits]
-            if apart and layout.shared.start:
+            if apart and plain_layout.shared.start:
                 raise InputError(
                     f"'{apart[0]!r}' can not correct private layers: leave out model.private, or choose another"
                 )
@@ -112,6 +116,13 @@ class Federation:
                 "clients have models of their own here (model.private or train.objective), which must be tested: "
                 "set data.holdout, as 0.2"
             )
+        if job.data.pooled and (job.model.private or own):
+            raise InputError(
+                "data.pooled trains one model for all: leave out model.private, or the train.objective that gives each "
+                "client its own"
+            )
+        if job.record.groups and holdout is None and layout.columns:
+            raise InputError("record.groups are measured on what their clients hold back: set data.holdout, as 0.2")
         if job.data.pooled:
             data = replace(data, offsets=data.offsets[[0, -1]])
         names = (POOLED,) if job.data.pooled else split.names
@@ -127,7 +138,16 @@ class Federation:
             if job.model.private:
                 raise InputError("server.examples can not judge models with private layers: leave out one of the two")
             offsets = torch.tensor([0, len(kept)])
-            referee = ServerExamples(module, layout, ClientData(kept.x, kept.y, offsets, kept.prepare), work)
+            mine = ClientData(kept.x, kept.y, offsets, kept.prepare)
+            apart_from = None
+            if job.train.validation:
+                with _about("server.examples"):
+                    apart_from = set_apart(
+                        mine, job.train.validation, ("the server",), key.fold("server", "validation")
+                    )
+            referee = ServerExamples(module, layout, mine, work, apart_from)
+        if not layout.columns:
+            _check_alone(job, plan)
         plan.check_referee(referee is not None)
         chosen = None
         if job.aggregate.reduce == AUTO:
@@ -179,7 +199,7 @@ class Federation:
         """The first private columns of every client (W - P,), or None where all columns are shared."""
         if self.layout.width == self.layout.columns:
             return None
-        return join_private(self.layout.flatten(self.module), self.layout)
+        return self.layout.private(self.layout.flatten(self.module))
 
     def speed(self, client: str) -> float:
         """The speed of a client's device, 1 where the job declares none."""
@@ -194,8 +214,7 @@ class Federation:
     @property
     def headline(self) -> str:
         """Whose figures a run is about: the clients' own models' where they have some, else the shared one's."""
-        own = not self.job.model.private and (self.personal or self.job.record.fine_tune)
-        return CLIENTS if own else GLOBAL
+        return CLIENTS if self.personal or self.job.record.fine_tune else GLOBAL
 
     @property
     def alone(self) -> bool:
@@ -209,6 +228,8 @@ class Federation:
         stopping = self.job.rule("record.fine_tune", "stopping")
         plain = build("objective", "plain")
         work = replace(self.work, stopping=stopping, corrections=(), objective=plain, private_first=None)
+        if rate := self.work.objective.hook("rate"):
+            work = replace(work, lr=rate(), optimiser=build("optimiser", "sgd"))
         return self._trainer(self.plain_layout, work, None)
 
     def measure(
@@ -217,6 +238,20 @@ class Federation:
         """Loss and accuracy of a model; given the objective, of the client's own that a vector (W,) holds."""
         found = evaluate(self.module, self.layout, vector, x, y, prepare, self.work.loss, objective=objective)
         return {k: v for k, v in found.items() if v is not None}
+
+
+def _check_alone(job: Job, plan: Plan) -> None:
+    """Clients that share nothing: there is nothing to judge, and no reason to name what would."""
+    if (
+        plan.screens
+        or plan.mixers
+        or plan.contribution
+        or any("per_row" not in w.definition.traits for w in plan.weighers)
+    ):
+        raise InputError(
+            "model.private keeps every layer on the client, so that there is nothing to screen, weigh, mix or value: "
+            "leave out aggregate.screens, aggregate.weigh, aggregate.mix and record.contribution"
+        )
 
 
 def _check_stopping(job: Job) -> None:
@@ -305,6 +340,6 @@ def build_work(job: Job) -> LocalWork:
         optimiser=job.rule("train.optimiser", "optimiser"),
         objective=job.rule("train.objective", "objective"),
         private_first=job.rule("train.private_first", "stopping") if job.train.private_first else None,
-        rate=job.rule("train.rate", "rate"),
+        rate=job.rule("train.lr_schedule", "rate"),
         rounds=job.rounds,
     )

@@ -66,7 +66,14 @@ def make_trainer(
         raise InputError(f"backend '{backend}' does not fit this model: {reason}; write 'auto' or 'loop'")
     if backend == "rows":
         return Rows(module, layout, data, work, LANES[device.type])
-    client = _client(backend, module, layout, data, work, validation)
+    try:
+        client = _client(backend, module, layout, data, work, validation)
+    except (RuntimeError, ValueError) as error:  # a last batch of one before a batch norm, say
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"train.batch_size = {work.batch_size}: a client's last batch can not be stepped through ({said}): choose "
+            "another size, or data.min_examples"
+        ) from error
     count = len(os.sched_getaffinity(0)) if workers is None and can_fork else workers or 1
     count = min(count, len(data), MOST_WORKERS)
     # With a GPU in the machine autograd keeps threads of its own, and refuses to work in a fork: the loop stays here.
@@ -80,27 +87,29 @@ def fits(backend: str, module: nn.Module, layout: Layout, data: ClientData, work
     if backend == "loop":
         return None
     data, work, tasks = _sample(data, work)
-    theta = layout.flatten(module)[layout.shared].to(data.x.device)
+    first = layout.flatten(module)
     by_sgd = replace(work, optimiser=build("optimiser", "sgd"))
     try:
-        found = _deltas(_plain(backend, module, layout, data, by_sgd), theta, tasks)
+        found = _moved(_plain(backend, module, layout, data, by_sgd), layout, first, tasks)
         if not work.plain:  # whose own steps its laws are about: they may make much of a gradient's rounding
-            _deltas(_plain(backend, module, layout, data, work), theta, tasks)
+            _moved(_plain(backend, module, layout, data, work), layout, first, tasks)
     except Exception as error:
         return " ".join(str(error).split()).partition(". ")[0][:300] or type(error).__name__
-    for expected in _plain("loop", module, layout, data, by_sgd).train(theta, tasks):
-        difference, size = float((found[expected.client] - expected.delta).norm()), float(expected.delta.norm())
+    for client, expected in _moved(_plain("loop", module, layout, data, by_sgd), layout, first, tasks).items():
+        difference, size = float((found[client] - expected).norm()), float(expected.norm())
         if not difference <= _TOLERANCE * size + 1e-12:
             return "its step differs from the plain loop's: it mixes a batch's examples, or keeps a state of its own"
     return None
 
 
-def _deltas(trial: Trainer, theta: Tensor, tasks: list[Task]) -> dict[int, Tensor]:
-    found = {}
-    for t in trial.train(theta, tasks):
+def _moved(trial: Trainer, layout: Layout, first: Tensor, tasks: list[Task]) -> dict[int, Tensor]:
+    """How far each client's columns moved from `first` (W,), the shared ones before the private ones."""
+    shared, found = layout.shared, {}
+    for t in trial.train(first[shared], tasks):
         if t.failure and t.failure.startswith(RAISED):
             raise RunError(t.failure)
-        found[t.client] = t.delta.clone()
+        private = torch.zeros(0) if t.private is None else t.private - layout.private(first)
+        found[t.client] = torch.cat([t.delta.cpu(), private.cpu()])
     return found
 
 

@@ -198,14 +198,16 @@ class Client:
                 vector[shared.stop :] = task.private[shared.start :]
             told = tell(work.corrections, task.memory, control, self.layout)
             with seeded(task.key.fold("model"), vector.device):
-                epochs = 0
+                epochs, before = 0, None
                 if self.before is not None and work.private_first is not None:
                     self.before.begin(told)
-                    outcome, epochs = self._epochs(task, self.before, work.private_first, 0)
-                    if outcome.failure is not None:
-                        return outcome
+                    before, epochs = self._epochs(task, self.before, work.private_first, 0)
+                    if before.failure is not None:
+                        return before
                 self.step.begin(told)
                 outcome, _ = self._epochs(task, self.step, work.stopping, epochs)
+                if before is not None:
+                    outcome = outcome._replace(first=before.first)
             if work.keeps_last:
                 vector[shared.stop :] = vector[shared]
             return outcome
@@ -249,7 +251,8 @@ class Client:
         mine, data = slice(*self.validation.range(client)), self.validation
         x, y, vector = data.x[mine], data.y[mine], self.step.vector
         found = evaluate(self.module, self.layout, vector, x, y, data.prepare, self.work.loss)
-        return float(found["loss"] or 0.0)
+        loss = float(found["loss"] or 0.0)
+        return loss if math.isfinite(loss) else math.inf
 
     def _steps(self, step: Step, rows: Tensor) -> list[float]:
         """Step through these rows of the data, batch by batch; the loss of each step."""

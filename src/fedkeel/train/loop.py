@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkeel.core.layout import Layout
 from fedkeel.train.client import Told, batches
 from fedkeel.train.contract import ClientData, LocalWork
-from fedkeel.train.objective import batch_losses, pulled
+from fedkeel.train.objective import batch_losses, own_columns, pulled
 
 
 class LoopStep:
@@ -63,8 +63,7 @@ class LoopStep:
             descended, losses = batch_losses(self.module, self.layout, self.work, tensors, start, x, y)
             (g,) = torch.autograd.grad(descended.mean(), leaf)
         g = pulled(self.work, self.layout, g, self.theta, self.theta0)
-        for correct, c_i, c in zip(self.work.corrections, self.told.memory, self.told.control, strict=True):
-            g = correct(g, self.theta, self.theta0, c_i, c)
+        g = self._corrected(g)
         shift, linear = self.told.shift, self.work.linear
         part = self.part
         with torch.no_grad():
@@ -78,6 +77,16 @@ class LoopStep:
                 column.copy_(tensors[name])  # a module may have put a new tensor in the buffer's place
         self.state = {name: tensors[name].detach() for name in self.state}
         return losses.detach()
+
+    def _corrected(self, g: Tensor) -> Tensor:
+        """The gradient after the corrections, which leave what is the client's own alone."""
+        at = own_columns(self.layout)
+        part = g[at:]
+        for rule, c_i, c in zip(self.work.corrections, self.told.memory, self.told.control, strict=True):
+            dial = rule.reads("dial")
+            given = None if c_i is None else c_i[at:], c if c is None or dial else c[at:]
+            part = rule(part, self.theta[at:], self.theta0[at:], *given)
+        return torch.cat([g[:at], part]) if at else part
 
     def _named(self, trainable: Tensor) -> dict[str, Tensor]:
         """The trained tensors in the trainable columns."""

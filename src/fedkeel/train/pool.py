@@ -82,7 +82,7 @@ def _private(client: Client) -> Tensor | None:
     layout, vector = client.layout, client.step.vector
     if layout.columns == layout.width:
         return None
-    return torch.cat((vector[: layout.shared.start], vector[layout.shared.stop :])).clone()
+    return layout.private(vector)
 
 
 @dataclass
@@ -136,8 +136,7 @@ class Pool:
         self._arena: _Arena | None = None
         self._tasks = -1
         self._finalizer: weakref.finalize[..., Pool] | None = None
-        layout = client.layout
-        self._initial = torch.cat((client.initial[: layout.shared.start], client.initial[layout.shared.stop :]))
+        self._initial = client.layout.private(client.initial)
 
     def train(
         self, theta: Tensor, tasks: Sequence[Task], control: Mapping[str, Tensor] | None = None
@@ -301,8 +300,7 @@ def _serve(client: Client, arena: _Arena, read: int, write: int) -> NoReturn:
                 row = arena.rows[slot]
                 torch.sub(vector[layout.shared], arena.theta, out=row[: arena.columns])
                 if arena.width > arena.columns:
-                    own = (vector[: layout.shared.start], vector[layout.shared.stop :])
-                    row[arena.columns : arena.width] = torch.cat(own)
+                    row[arena.columns : arena.width] = layout.private(vector)
             note = text.encode()[:2000].decode(errors="ignore").encode()
             steps, loss, _, first, last = outcome
             os.write(write, _RESULT.pack(slot, steps, loss, first, last, kind, len(note)) + note)

@@ -28,15 +28,25 @@ class ServerExamples:
     private layers can not be judged by the server.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        data: ClientData,
+        work: LocalWork,
+        apart: tuple[ClientData, ClientData] | None = None,
+    ) -> None:
+        """`apart` are the same examples in two: what an update trains on, and what it validates on."""
         self._module, self._layout, self._data, self._work = module, layout, data, work
+        self._training = data if apart is None else apart[0]
+        self._validation = None if apart is None else apart[1]
         self.follow(work)
         self._inputs = data.prepare(data.x)
 
     def follow(self, work: LocalWork) -> None:
         """From now on update as clients do whose work is this."""
-        step = LoopStep(self._module, self._layout, self._data, work)
-        self._client = Client(self._module, self._layout, self._data, work, step)
+        step = LoopStep(self._module, self._layout, self._training, work)
+        self._client = Client(self._module, self._layout, self._training, work, step, None, self._validation)
 
     def judge(self, models: Iterable[Tensor]) -> Judged:
         """Mean loss and accuracy of each model (P,) on the examples."""

@@ -35,7 +35,7 @@ from fedkeel.train.client import (
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trained
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
-from fedkeel.train.objective import batch_losses, pulled
+from fedkeel.train.objective import batch_losses, own_columns, pulled
 from fedkeel.train.record import NotTraceableError, Recorder
 
 
@@ -235,7 +235,7 @@ class Rows:
             vector = torch.cat([self.views[f"w/{e.name}"][at].reshape(-1) for e in layout.entries])
             if self.work.keeps_last:
                 vector[shared.stop :] = vector[shared]
-            own = torch.cat((vector[: shared.start], vector[shared.stop :])).cpu()
+            own = layout.private(vector).cpu()
             delta = vector[shared].sub_(theta).cpu()
         private = own if len(own) else None
         return trained(lane.count, lane.task, outcome, delta, private)
@@ -265,6 +265,8 @@ class Rows:
             tensors = {name: tensor.to(dtypes[name]) for name, tensor in trained.items()} | buffers
             start = {name: tensor.to(dtypes[name]) for name, tensor in begun.items()}
             each, told = batch_losses(self.module, self.layout, self.work, tensors, start, x, y)
+            if each.shape != w.shape:
+                raise NotTraceableError("its objective takes batches apart, and clients side by side mask theirs")
             return (each * w).sum(), (told * w).sum()
 
         with Recorder(inputs) as recorder:
@@ -304,9 +306,13 @@ class Rows:
         assert theta is not None
         assert theta0 is not None
         g = pulled(self.work, self.layout, g, theta, theta0)
+        at = own_columns(self.layout)  # corrections leave what is the client's own alone
+        part = g[..., at:]
         for i, rule in enumerate(self.work.corrections):
-            c = inputs[f"dial.{i}"] if rule.reads("dial") else flat(f"control.{i}")
-            g = rule(g, theta, theta0, flat(f"memory.{i}"), c)
+            c_i, c = flat(f"memory.{i}"), flat(f"control.{i}")
+            c = inputs[f"dial.{i}"] if rule.reads("dial") else None if c is None else c[..., at:]
+            part = rule(part, theta[..., at:], theta0[..., at:], None if c_i is None else c_i[..., at:], c)
+        g = torch.cat([g[..., :at], part], -1) if at else part
         shift = flat("shift")
         if shift is not None and self.work.linear:
             g = g + shift

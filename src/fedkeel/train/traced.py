@@ -16,7 +16,7 @@ from fedkeel.train.client import Told, batches, seeded, tell
 from fedkeel.train.contract import ClientData, LocalWork
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import Optimise, Updates, optimise, reuse_memory, shift, simplify
-from fedkeel.train.objective import batch_losses
+from fedkeel.train.objective import batch_losses, own_columns
 from fedkeel.train.record import Graph, NotTraceableError, Recorder
 
 _ELEMENTWISE = "elementwise"
@@ -50,7 +50,8 @@ class TracedStep:
             e for e in layout.entries if e.trainable and part.start <= layout.offsets[e.name].start < part.stop
         ]
         self.shifts = part.stop == layout.trainable.stop  # what is private has no shift
-        if part != layout.trainable and not all(_ELEMENTWISE in rule.definition.traits for rule in work.corrections):
+        whole = part == layout.trainable and not own_columns(layout)
+        if not whole and not all(_ELEMENTWISE in rule.definition.traits for rule in work.corrections):
             raise NotTraceableError("a correction that looks at all columns goes with none that stay as they are")
         self.theta = self.vector[layout.trainable]
         columns = {e.name for e in layout.entries}
@@ -196,7 +197,7 @@ class TracedStep:
         result: list[tuple[Tensor, Tensor, str]] = []
         for target, theta, gradient, suffix in parts:
             g = gradient
-            for i, rule in enumerate(rules):
+            for i, rule in enumerate(() if suffix.startswith(f"/{PERSONAL}") else rules):
                 c_i, c = inputs.get(f"memory.{i}{suffix}"), inputs.get(f"control.{i}{suffix}")
                 g = rule(g, theta, inputs[f"theta0{suffix}"], c_i, c)
             if f"shift{suffix}" in inputs and self.work.linear:
