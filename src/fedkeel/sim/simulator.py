@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -244,7 +245,8 @@ class Simulator:
 
     def _claims(self, order: orders.Train, done: Trained) -> Claims:
         digest = self.federation.layout.digest
-        metrics = {"loss": done.loss, "global_loss": done.first_loss, "local_loss": done.last_loss}
+        losses = {"loss": done.loss, "global_loss": done.first_loss, "local_loss": done.last_loss}
+        metrics = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
         labels = self._labels.get(order.client, ())
         return Claims(order.client, order.task, order.version, digest, done.num_examples, done.steps, metrics, labels)
 

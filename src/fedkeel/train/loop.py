@@ -33,6 +33,7 @@ class LoopStep:
         self.vector = torch.zeros(layout.width, device=device) if vector is None else vector
         self.theta = self.vector[layout.trainable]
         self.part = layout.trainable if part is None else part
+        self.own = own_columns(layout)
         self.sizes = [e.size for e in layout.entries if e.trainable]
         columns = layout.views(self.vector)
         self.trained = [e for e in layout.entries if e.trainable]
@@ -80,7 +81,7 @@ class LoopStep:
 
     def _corrected(self, g: Tensor) -> Tensor:
         """The gradient after the corrections, which leave what is the client's own alone."""
-        at = own_columns(self.layout)
+        at = self.own
         part = g[at:]
         for rule, c_i, c in zip(self.work.corrections, self.told.memory, self.told.control, strict=True):
             dial = rule.reads("dial")

@@ -76,13 +76,7 @@ def batch_losses(
 
     trained = tuple(e.name for e in layout.entries if e.trainable and not e.name.startswith(PERSONAL))
     begun = {name: tensor for name, tensor in start.items() if not name.startswith(PERSONAL)}
-    given = Local(run, features, loss, x, y, trained, model, own, extra, begun)
-    try:
-        descended, reported = work.objective(given)
-    except (TypeError, ValueError) as error:
-        if "unpack" in str(error) or "iterat" in str(error):
-            raise TypeError("an objective gives two: losses to descend, and losses to report") from error
-        raise
+    descended, reported = work.objective(Local(run, features, loss, x, y, trained, model, own, extra, begun))
     tensors |= model
     tensors |= {PERSONAL + name: tensor for name, tensor in own.items() if name not in further}
     return descended, reported
