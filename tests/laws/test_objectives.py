@@ -28,7 +28,7 @@ from fedkeel.sim.simulator import Simulator
 from fedkeel.testing import check
 from fedkeel.train import ClientData, LocalWork, Task, make_trainer
 from fedkeel.train.backends import fits
-from fedkeel.train.objective import parted, personal
+from fedkeel.train.objective import parted, personal, try_objective
 
 CLIENTS, P, LR, ALPHA, LAM = 6, 3, 0.02, 0.05, 0.7
 Matrix = NDArray[np.float64]
@@ -449,3 +449,48 @@ def test_a_broken_objective_is_found(function: Any, traits: tuple[str, ...], wor
     broken = Rule(dataclasses.replace(real, name="broken", function=function, traits=frozenset(traits)))
     with pytest.raises(AssertionError, match=words):
         check("objective", broken)
+
+
+def returns_one(local: Local) -> Tensor:
+    return local.loss(local.run(local.model, local.x), local.y)
+
+
+def twice(local: Local) -> tuple[Tensor, Tensor]:
+    return returns_one(local), returns_one(local)
+
+
+def scalar(local: Local) -> tuple[Tensor, Tensor]:
+    losses = returns_one(local)
+    return losses.mean(), losses
+
+
+@pytest.mark.parametrize(
+    ("function", "traits", "init", "words"),
+    [
+        (scalar, (), None, r"descends losses of shape \(\)"),
+        (one_loss, (), None, r"reports losses of shape \(\)"),
+        (twice, ("copy",), None, "give it the hook 'own'"),
+        (twice, ("copy", "last"), None, "choose one"),
+        (twice, (), lambda: 0.5, "init gave 0.5: give names with tensors"),
+    ],
+)
+def test_an_objective_that_does_not_give_what_it_must_is_refused_before_training(
+    function: Any, traits: tuple[str, ...], init: Any, words: str
+) -> None:
+    module, _, data, work = small("plain")
+    real = build("objective", "plain").definition
+    rule = Rule(dataclasses.replace(real, name="mine", function=function, traits=frozenset(traits), init=init))
+
+    def tried() -> None:
+        layout = Layout.of(module, (), personal(module, rule))
+        try_objective(module, layout, dataclasses.replace(work, objective=rule), data.x[:4], data.y[:4])
+
+    with pytest.raises(InputError, match=words):
+        tried()
+
+
+def test_a_last_batch_of_one_before_a_batch_norm_is_refused_in_words() -> None:
+    _, _, data, work = small("plain")
+    data = ClientData(data.x, data.y, torch.tensor([0, 16, 37]))  # batches of 5: one is left over
+    with pytest.raises(InputError, match=r"train.batch_size = 5: a client's last batch can not|does not fit"):
+        make_trainer("traced", Normed(), Layout.of(Normed()), data, work, workers=1)
