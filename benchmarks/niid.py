@@ -133,10 +133,7 @@ def table(rows: list[resumable.Cell]) -> str:
 
 
 def main() -> None:
-    def line(row: resumable.Cell) -> str:
-        return f"{row['partition']}, {row['method']}, seed {row['seed']}: {row['accuracy']} ({row['seconds']} s)"
-
-    resumable.run(__doc__, cells(), ("seed", "partition", "method"), measure, RESULTS, line)
+    resumable.by_method(__doc__, cells(), measure, RESULTS)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,15 @@ def run(
             print(f"{number}/{len(left)} {time.perf_counter() - started:.0f} s: {line(row)}", flush=True)
 
 
+def by_method(about: str | None, cells: Iterable[Cell], measure: Callable[[Cell], Cell], results: Path) -> None:
+    """`run` for cells of a seed, a partition and a method, whose figure is an accuracy."""
+
+    def line(row: Cell) -> str:
+        return f"{row['partition']}, {row['method']}, seed {row['seed']}: {row['accuracy']} ({row['seconds']} s)"
+
+    run(about, cells, ("seed", "partition", "method"), measure, results, line)
+
+
 def read(results: Path) -> list[Cell]:
     """The rows that were measured. Those with "before" are of a version that has changed since: they are run again."""
     return [json.loads(text) for text in results.read_text().splitlines()] if results.exists() else []

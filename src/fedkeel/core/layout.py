@@ -46,8 +46,8 @@ class Layout:
                              `---- shared ----'
 
     so that what is optimised and what travels are each one slice. An update has the P shared columns, none where every
-    tensor is private. Integer
-    buffers and parameters with `requires_grad = False` are no columns: a frozen base under LoRA adapters costs nothing.
+    tensor is private. Integer buffers and parameters with `requires_grad = False` are no columns: a frozen base under
+    LoRA adapters costs nothing.
     """
 
     entries: tuple[Entry, ...]

@@ -60,20 +60,16 @@ def ditto(local: Local, *, lam: Strength) -> tuple[Tensor, Tensor]:
     return losses + local.loss(local.run(local.own, local.x), local.y), losses
 
 
-def _mixture(model: Tensors, own: Tensors, extra: Tensors, trained: Sequence[str]) -> Tensors:
+def _mixture(model: Tensors, own: Tensors, extra: Tensors, trained: Sequence[str], *, alpha: float) -> Tensors:
     share = torch.sigmoid(extra["share"])
     return {name: torch.lerp(model[name].detach(), v, share) if name in trained else v for name, v in own.items()}
-
-
-def _mixture_of(model: Tensors, own: Tensors, extra: Tensors, trained: Sequence[str], *, alpha: float) -> Tensors:
-    return _mixture(model, own, extra, trained)
 
 
 def _first_share(*, alpha: float) -> Tensors:
     return {"share": torch.logit(torch.tensor(alpha))}
 
 
-@rule("objective", traits=("copy",), init=_first_share, hooks={"own": _mixture_of})
+@rule("objective", traits=("copy",), init=_first_share, hooks={"own": _mixture})
 def apfl(
     local: Local, *, alpha: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
 ) -> tuple[Tensor, Tensor]:
@@ -85,7 +81,7 @@ def apfl(
     more; twice the computation.
     """
     losses = local.loss(local.run(local.model, local.x), local.y)
-    mixed = _mixture(local.model, local.own, local.extra, local.trained)
+    mixed = _mixture(local.model, local.own, local.extra, local.trained, alpha=alpha)
     return losses + local.loss(local.run(mixed, local.x), local.y), losses
 
 

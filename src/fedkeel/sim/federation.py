@@ -40,8 +40,7 @@ class Federation:
     `data` is what the clients train on (its labels already flipped where the attack is on data), `validation` what
     they look at while they do, `holdout` what each keeps to test its own model. `names` are those who train, `members`
     those who hold examples: the same, unless the job pools them. `plain_layout` is the module's own, without what an
-    objective gives to each client. `chosen` says why,
-    where the job left the choice of rules to `auto`.
+    objective gives to each client. `chosen` says why, where the job left the choice of rules to `auto`.
     """
 
     job: Job

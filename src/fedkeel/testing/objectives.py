@@ -29,22 +29,21 @@ def _federation(rule: Rule) -> tuple[nn.Module, Layout, ClientData, LocalWork]:
     return module, Layout.of(module, (), personal(module, rule)), ClientData(x, y, torch.tensor([0, 16, 26])), work
 
 
-def _batch(rule: Rule, count: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """(leaves by name, x, y, losses to descend, losses to report), the model somewhat beside its start."""
+def _batch(rule: Rule, count: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """(leaves by name, losses to descend, losses to report), the model somewhat beside its start."""
     module, layout, data, work = _federation(rule)
     vector = layout.flatten(module)
     start = {name: view.clone() for name, view in layout.views(vector).items()}
     moved = vector + 0.1 * torch.randn(len(vector), generator=KEY.fold("moved").torch())
     leaves = {name: view.clone().requires_grad_() for name, view in layout.views(moved).items()}
-    x, y = data.x[:count].clone(), data.y[:count].clone()
-    descended, reported = batch_losses(module, layout, work, dict(leaves), start, x, y)
-    return leaves, x, y, descended, reported
+    x, y = data.x[:count], data.y[:count]
+    return leaves, *batch_losses(module, layout, work, dict(leaves), start, x, y)
 
 
 @law("objective")
 def gives_a_loss_for_every_example(rule: Rule) -> None:
     for count in (1, BATCH - 1, BATCH):
-        leaves, _, _, descended, reported = _batch(rule, count)
+        leaves, descended, reported = _batch(rule, count)
         hold(reported.shape == (count,), f"of {count} examples it reports losses of shape {tuple(reported.shape)}")
         hold(descended.ndim == 1 and len(descended) > 0, f"it descends losses of shape {tuple(descended.shape)}")
         hold(bool(descended.isfinite().all() & reported.isfinite().all()), "a loss is not finite")
@@ -77,9 +76,9 @@ def is_the_same_recorded(rule: Rule) -> None:
     found = []
     for backend in ("loop", "traced"):
         trainer = make_trainer(backend, *given, workers=1)
-        done = sorted(trainer.train(theta, [Task(0, Key.root(1))]), key=lambda t: t.client)
-        hold(done[0].failure is None, f"training failed: {done[0].failure}")
-        found.append(torch.cat([t for t in (done[0].delta, done[0].private) if t is not None]).clone())
+        (done,) = trainer.train(theta, [Task(0, Key.root(1))])
+        hold(done.failure is None, f"training failed: {done.failure}")
+        found.append(torch.cat([t for t in (done.delta, done.private) if t is not None]))
     near(found[1], found[0], 1, "recorded, it steps elsewhere", 1e-4)
 
 
