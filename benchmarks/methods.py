@@ -76,12 +76,10 @@ def measure(task: str) -> dict[str, dict[str, object]]:
     """Every method's median seconds and ratio."""
     kept = {method: Seconds() for method in METHODS if method not in WITHOUT_BODY.get(task, ())}
     running = {method: simulator(task, method, kept[method]) for method in kept}
-    pending = {method: one.coordinator.start(0.0) for method, one in running.items()}
+    pending = list(running)
     while pending:  # a turn is a round: the scheduler waits for all; another method begins each time
-        first, *others = pending
-        pending = {method: pending[method] for method in (*others, first)}
-        following = {method: running[method].advance(commands) for method, commands in pending.items()}
-        pending = {method: commands for method, commands in following.items() if commands is not None}
+        pending = [*pending[1:], pending[0]]
+        pending = [method for method in pending if not running[method].step()]
     found = {}
     for method, seconds in kept.items():
         ratios = [a / b for a, b in zip(seconds.of[1:], kept["FedAvg"].of[1:], strict=True)]

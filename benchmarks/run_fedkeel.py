@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,11 @@ def main() -> None:
         return torch_model(timed.model, timed.seed)
 
     @fedkeel.rule("selector")
-    def peers_cohorts(names: tuple[str, ...], count: int, round: int, key: fedkeel.Key) -> tuple[str, ...]:
+    def peers_cohorts(
+        candidates: fedkeel.Candidates, count: int, round: int, key: fedkeel.Key
+    ) -> Sequence[int]:
         """The clients that every peer trains in this round."""
-        return tuple(f"client-{i:03d}" for i in arrays["cohorts"][round - 1])
+        return [int(i) for i in arrays["cohorts"][round - 1]]
 
     job = fedkeel.Job(
         name="benchmark",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedkeel.core.registry import names as names
     from fedkeel.core.registry import parse as parse
     from fedkeel.core.registry import rule as rule
+    from fedkeel.core.roster import Candidates as Candidates
     from fedkeel.core.types import Codec as Codec
     from fedkeel.core.types import Cohort as Cohort
     from fedkeel.core.types import Decision as Decision
@@ -66,6 +67,7 @@ _HOMES = {
     "fedkeel.core.keys": ("Key",),
     "fedkeel.core.layout": ("Layout",),
     "fedkeel.core.registry": ("RegistrationError", "Rule", "build", "names", "parse", "rule"),
+    "fedkeel.core.roster": ("Candidates",),
     "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Local", "Refusal", "ServerState", "Update", "View"),
     "fedkeel.probing": ("Cell", "Probe", "probe"),
     "fedkeel.sim.pool": ("Pool", "Split"),

@@ -21,6 +21,7 @@ from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
 from fedkeel.sim.evaluation import Figures, Value
 from fedkeel.sim.federation import Federation
+from fedkeel.sim.flight import Flight
 from fedkeel.sim.pool import label_histogram
 from fedkeel.sim.simulator import Simulator
 from fedkeel.train import Prepare, Trainer
@@ -180,14 +181,15 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
         with contextlib.closing(federation.trainer(backend)) as trainer:
             newest = checkpoint.latest(directory.checkpoints)
             if newest is None:
-                state, memory, extra = ServerState(federation.theta()), ClientMemory(), {"time": 0.0}
+                state, memory, now, flight = ServerState(federation.theta()), ClientMemory(), 0.0, None
             else:
-                state, memory, extra = checkpoint.load(newest, layout_digest=federation.layout.digest)
+                state, memory, extra, attached = checkpoint.load(newest, layout_digest=federation.layout.digest)
+                now, flight = extra["time"], Flight.restored(extra["flight"], attached)
             if len(ledger.rounds()) < state.round:
                 raise InputError(f"ledger '{directory.ledger_path}' lacks rounds before {state.round}: restore it")
             ledger.rewind(state.round)
             ledger.write_meta(_meta(federation, trainer, text))
-            _simulate(directory, ledger, federation, trainer, state, memory, watch, extra["time"])
+            _simulate(directory, ledger, federation, trainer, state, memory, watch, now, flight)
     return _finished(directory, with_report)
 
 
@@ -236,10 +238,14 @@ class _Record:
         if round == 0 and self.watch is not None:
             self.watch(Progress(self.directory.path, 0, self.federation.job.rounds, self._latest, 0, 0, None))
 
-    def checkpoint(self, state: ServerState, memory: ClientMemory, now: float) -> None:
+    def checkpoint(self, state: ServerState, memory: ClientMemory, now: float, flight: Flight) -> None:
         digest = self.federation.layout.digest
         self.ledger.sync()  # a checkpoint must never be newer than the ledger, even after a power cut
-        checkpoint.save(self.directory.checkpoints, state, memory, {"time": now}, layout_digest=digest)
+        under_way, attached = flight.state()
+        extra = {"time": now, "flight": under_way}
+        checkpoint.save(
+            self.directory.checkpoints, state, memory, extra, attached=attached, layout_digest=digest
+        )
         checkpoint.prune(self.directory.checkpoints)
 
 
@@ -252,10 +258,11 @@ def _simulate(
     memory: ClientMemory,
     watch: Watcher | None,
     now: float = 0.0,
+    flight: Flight | None = None,
 ) -> None:
     record = _Record(directory, ledger, federation, watch)
     try:
-        final = Simulator(federation, trainer, state, memory, record, now).run()
+        final = Simulator(federation, trainer, state, memory, record, now, flight).run()
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; go on with: fedkeel resume {directory.path}") from None
     pool = federation.pool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -56,9 +56,6 @@ class Train(Section):
     lr_schedule: str = Field("constant", description="factor of lr over the rounds: `fedkeel rules rate`")
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
-    speeds: Mapping[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
-        {}, description="speeds of devices by pattern of client names, the first that fits, for stopping by budget"
-    )
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of each client's examples that it does not train on, to tell its loss by"
     )
@@ -77,12 +74,54 @@ class Select(Section):
 
     cohort: Positive | None = Field(None, description="clients per round; all when left out")
     rule: str = Field("uniform", description="`fedkeel rules selector`")
+    longest_wait: Positive | None = Field(
+        None, description="rounds that no client waits longer than before it is chosen again; no bound when left out"
+    )
 
 
 class Schedule(Section):
     """When a round closes."""
 
     rule: str = Field("sync", description="`fedkeel rules scheduler`")
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="end of the run by the federation's clock, if its rounds are not done before"
+    )
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class DeviceClass(Section):
+    """One class of devices."""
+
+    share: Rate = Field(1.0, description="its part of the clients, relative to the other classes'")
+    clients: str | None = Field(None, description="or the clients that have such a device, by name pattern")
+    time: Annotated[float, Field(ge=1e-6, le=1e6)] = Field(
+        1.0, description="how long local work takes, relative to a device of time 1"
+    )
+    up: Rate | None = Field(None, description="bytes a second to the server; messages take no time when left out")
+    down: Rate | None = Field(None, description="bytes a second from the server")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="probability that a task is never finished")
+    available: str = Field("always", description="when the device can work: `fedkeel rules availability`")
+
+
+class Devices(Section):
+    """What the clients run on, in simulation."""
+
+    profile: Literal["equal", "reference"] = Field(
+        "equal", description="built-in classes: equal, or reference (A, B, C of time 1.0, 2.3, 5.7 in equal parts)"
+    )
+    classes: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], DeviceClass] = Field(
+        {}, description="your own classes instead: {phone = {share = 3, time = 4.0, up = 250000}}"
+    )
+    round_seconds: Seconds = Field(1.0, description="seconds of a round's local work on a device of time 1")
+    step_seconds: Seconds = Field(0.0, description="and of each of its steps")
+    jitter: Annotated[float, Field(ge=0, le=3)] = Field(
+        0.0, description="standard deviation of the logarithm of a task's time about its class's"
+    )
+    latency: Seconds = Field(0.0, description="seconds that every message takes, whatever its size")
+    notice: Seconds = Field(0.0, description="seconds until the server learns that a client has dropped out")
 
 
 class Client(Section):
@@ -173,6 +212,7 @@ class Job(Section):
     train: Train = Train()
     select: Select = Select()
     schedule: Schedule = Schedule()
+    devices: Devices = Devices()
     client: Client = Client()
     aggregate: Aggregate = Aggregate()
     quarantine: Quarantine = Quarantine()
@@ -198,6 +238,11 @@ class Job(Section):
         if self.aggregate.hostile is not None and self.aggregate.reduce != "auto":
             raise InputError(
                 f"aggregate.hostile = {self.aggregate.hostile} is for aggregate.reduce = 'auto' alone: leave out one"
+            )
+        if self.devices.classes and self.devices.profile != "equal":
+            raise InputError(
+                f"devices.profile = '{self.devices.profile}' and devices.classes both say what devices there are: "
+                "leave out one"
             )
         if self.data.pooled and self.attack.clients:
             raise InputError("data.pooled leaves no clients to be hostile: leave out attack.clients")

@@ -39,7 +39,7 @@ class Federation(RuleBasedStateMachine):
     )
     def begin(self, cohort, deadline, quorum, reduce, quarantine, seed):
         quorum = min(quorum, cohort)
-        schedule = f"sync(deadline={deadline}, quorum={quorum})"
+        schedule = f"semi_sync(deadline={deadline}, quorum={quorum})" if deadline else f"sync(quorum={quorum})"
         self.plan = make_plan(cohort, schedule=schedule, reduce=reduce, quarantine=quarantine)
         self.deadline = deadline
         self.rounds = 3
@@ -280,7 +280,7 @@ def test_an_old_message_does_not_use_up_new_work():
 
 
 def test_a_deadline_closes_the_round_and_a_late_answer_is_refused_as_late():
-    plan = make_plan(2, schedule="sync(deadline=10.0, quorum=1)")
+    plan = make_plan(2, schedule="semi_sync(deadline=10.0, quorum=1)")
     coordinator = make_coordinator(plan, CLIENTS[:2], 2)
     commands = coordinator.start(0.0)
     first, second = (c for c in commands if isinstance(c, Train))

@@ -65,9 +65,9 @@ def idle_for_tests(view, *, wake: float | None = None):
 
 
 @fedkeel.rule("selector")
-def odd_for_tests(clients, count, round, key, *, how: str):
-    """Choose nobody, a stranger, or one twice (tests)."""
-    return {"nobody": (), "stranger": ("nobody-knows",), "twice": (clients[0], clients[0])}[how]
+def odd_for_tests(candidates, count, round, key, *, how: str):
+    """Choose nobody, a stranger, one twice, too many, or no positions (tests)."""
+    return {"nobody": (), "stranger": (len(candidates),), "twice": (0, 0), "many": (0, 1, 2), "names": ("a",)}[how]
 
 
 def test_refusals_of_a_skipped_round_are_kept():
@@ -107,12 +107,12 @@ def test_a_scheduler_that_can_not_end_a_round_is_told_so(wake):
         drive()
 
 
-@pytest.mark.parametrize("how", ["nobody", "stranger", "twice"])
+@pytest.mark.parametrize("how", ["nobody", "stranger", "twice", "many", "names"])
 def test_a_selector_must_choose_free_clients_once(how):
     plan = make_plan(2)
     object.__setattr__(plan, "select", parse("selector", f"odd_for_tests(how='{how}')"))
-    with pytest.raises(fedkeel.RunError, match="free clients, once each"):
-        make_coordinator(plan, "ab", 1).start(0.0)
+    with pytest.raises(fedkeel.RunError, match="positions of free clients, once each"):
+        make_coordinator(plan, "abc", 1).start(0.0)
 
 
 def test_the_version_is_the_servers_word():

@@ -45,7 +45,7 @@ def bits(named: dict[str, torch.Tensor]) -> dict[str, bytes]:
 def test_everything_comes_back_bit_for_bit(tmp_path):
     path = checkpoint.save(tmp_path, state(), memory(), {"clock": 0.1 + 0.2, "queue": ["a"]}, layout_digest="d")
     assert path.name == "round-000010.safetensors"
-    back, held, extra = checkpoint.load(path, layout_digest="d")
+    back, held, extra, _ = checkpoint.load(path, layout_digest="d")
     want = state()
     assert bits({"theta": back.theta}) == bits({"theta": want.theta})
     assert bits(dict(back.opt)) == bits(dict(want.opt))
@@ -59,7 +59,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
 
 def test_what_was_loaded_outlives_its_file(tmp_path):
     path = checkpoint.save(tmp_path, state(), memory(), {})
-    back, _, _ = checkpoint.load(path)
+    back, *_ = checkpoint.load(path)
     path.write_bytes(b"")
     assert torch.equal(back.theta, state().theta)
     back.theta.add_(1)
@@ -76,7 +76,7 @@ def test_the_same_content_is_the_same_file_and_any_reader_reads_it(tmp_path):
 def test_aliased_strided_and_gradient_tensors_are_written_by_value(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     odd = ServerState(base.t()[1], opt={"same": base.t()[1], "grad": torch.ones(3, requires_grad=True)})
-    back, _, _ = checkpoint.load(checkpoint.save(tmp_path, odd, ClientMemory(), {}))
+    back, *_ = checkpoint.load(checkpoint.save(tmp_path, odd, ClientMemory(), {}))
     assert back.theta.tolist() == back.opt["same"].tolist() == [1.0, 5.0, 9.0]
     assert back.opt["grad"].tolist() == [1.0, 1.0, 1.0]
 
@@ -89,7 +89,7 @@ def test_any_damaged_byte_is_refused(tmp_path_factory, place, flip):
     content[place % len(content)] ^= flip
     path.write_bytes(content)
     try:
-        back, _, extra = checkpoint.load(path)
+        back, _, extra, _ = checkpoint.load(path)
     except InputError:
         return
     # A blank of the header became another blank.

@@ -350,9 +350,16 @@ def test_a_budget_gives_slow_devices_less_work(tmp_path, backend, workers):
         rounds=1,
         train={
             "stopping": "budget(steps=9)",
-            "speeds": {"client-[0-2]": 0.5, "client-3": 2.0, "client-4": 0.01},
             "backend": backend,
             "workers": workers,
+        },
+        devices={
+            "classes": {
+                "slow": {"clients": "client-[0-2]", "time": 2.0},
+                "fast": {"clients": "client-3", "time": 0.5},
+                "slowest": {"clients": "client-4", "time": 100.0},
+                "others": {},
+            }
         },
     )
     steps = {row["client"]: row["steps"] for row in done.updates}
@@ -375,7 +382,8 @@ def test_clients_tell_their_losses_before_and_after(tmp_path):
         ({"model": {"private": ("*",)}, "aggregate": {"weigh": ("krum(f=1)",)}}, "nothing to screen, weigh, mix"),
         ({"data": {"holdout": 0.0}, "record": {"groups": {"all": "*"}}}, "set data.holdout"),
         ({"model": {"build": "logistic"}, "train": {"objective": "moon"}}, "train.objective.*there are no features"),
-        ({"train": {"speeds": {"phone-*": 0.5}}}, "train.speeds: 'phone-.' matches no client"),
+        ({"devices": {"classes": {"a": {"clients": "phone-*"}}}}, "classes.a.clients = 'phone-.' matches no client"),
+        ({"devices": {"classes": {"a": {"clients": "client-1"}}}}, "'client-0' is in none of devices.classes"),
         ({"record": {"groups": {"phones": "phone-*"}}}, "record.groups.phones: 'phone-.' matches no client"),
         (
             {"train": {"validation": 0.2}, "data": {"clients": 1000, "partition": "iid", "holdout": 0.0}},

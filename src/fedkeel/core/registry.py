@@ -23,7 +23,7 @@ from fedkeel.core.errors import FedkeelError, InputError, nearest
 
 KINDS: dict[str, tuple[str, str]] = {
     # kind: (contract, module that holds the built-in rules)
-    "selector": ("(clients, count, round, key) -> ids", "fedkeel.rules.select"),
+    "selector": ("(candidates, count, round, key) -> positions", "fedkeel.rules.select"),
     "correction": ("(g, theta, theta0, c_i, c) -> g", "fedkeel.rules.local"),
     "objective": ("(local) -> (losses to descend, losses (B,) to report)", "fedkeel.rules.objective"),
     "optimiser": ("(theta, g, slots, t, lr) -> None, in place", "fedkeel.rules.optimiser"),
@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "server_optimiser": ("(theta, d, s, share) -> (theta, s)", "fedkeel.rules.server_opt"),
     "attack": ("(U, bad, keys) -> rows (f, P), with trait rows; or on claims, data", "fedkeel.rules.attack"),
     "scheduler": ("(view) -> decision", "fedkeel.rules.schedule"),
+    "availability": ("(names, key) -> Availability", "fedkeel.sim.availability"),
     "source": ("(key) -> Pool", "fedkeel.sim.sources"),
     "partition": ("(pool, clients, key) -> Split", "fedkeel.sim.partitions"),
     "model": ("(inputs, classes) -> nn.Module", "fedkeel.sim.models"),

@@ -91,23 +91,42 @@ class Codec:
 
 
 class View(NamedTuple):
-    """What a scheduler sees of the buffer that is open: counts of clients, and the clock in seconds."""
+    """What a scheduler sees of the buffer that is open: counts of clients, and the clock in seconds.
+
+    `cohort` is the job's, `started` how many were given work since the buffer was opened. `in_flight` counts those who
+    work, `earlier` those of them who began before it was opened. `received` updates lie in it.
+    """
 
     cohort: int
     started: int
     in_flight: int
+    earlier: int
     received: int
     opened: float
     now: float
 
 
 class Decision(NamedTuple):
-    """What a scheduler wants: start so many clients; close the buffer; wake it at a time; skip the round, and why."""
+    """What a scheduler wants: close the buffer, or start so many clients; skip the round, and why.
+
+    `wake` is when it wants to be asked again if nothing happens before; beside `start` it is their deadline.
+    """
 
     start: int = 0
     close: bool = False
     wake: float | None = None
     skip: str | None = None
+
+
+class InFlight(NamedTuple):
+    """A task that was given out and may still be answered. `since`: when, in seconds; `round`: in which, from 1."""
+
+    client: str
+    task: int
+    round: int
+    version: int
+    since: float
+    bytes_down: int = 0
 
 
 class Judged(NamedTuple):
@@ -177,7 +196,8 @@ class Cohort:
     `params` are the columns of U that are parameters (the rest are buffers), `layers` those of each tensor. `key` is
     the round's own: what a rule draws comes from it. `referee` is there for rules with the trait "server_data";
     `reduce` is what the plan's mixers and reducer make of a cohort and weights (n,); `worth` says how many plain SGD
-    steps so many local steps (n,) come to.
+    steps so many local steps (n,) come to. `gap` (P,) of a row is how far the server's model has gone since that row's
+    client began; None where no rule looks back.
     """
 
     U: Tensor
@@ -194,6 +214,7 @@ class Cohort:
     referee: Referee | None = None
     reduce: Callable[[Cohort, Tensor], Tensor] | None = None
     worth: Callable[[Tensor], Tensor] | None = None
+    gap: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return self.U.shape[0]
@@ -235,7 +256,8 @@ class ServerState:
     `next_task` numbers the work given out.
     `opt` holds vectors of the parameter columns, `control` what corrections have sent to the clients: vectors (P,) or
     dials; `kept` what stateful screens and weighers keep (rule as written -> name,
-    mostly a client's -> vector); `trust` and `privacy` JSON values.
+    mostly a client's -> vector); `trust` and `privacy` JSON values. `in_flight` is the work that is out, `bases` the
+    models that it began from, by version, where a rule looks back at them; `roster` what is known of the clients.
     """
 
     theta: Tensor
@@ -247,6 +269,9 @@ class ServerState:
     kept: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     trust: Mapping[str, Any] = field(default_factory=dict)
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    in_flight: tuple[InFlight, ...] = ()
+    bases: Mapping[int, Tensor] = field(default_factory=dict)
+    roster: Mapping[str, Tensor] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> ServerState:
         return replace(self, **changes)
@@ -257,7 +282,8 @@ class ClientRow:
     """One client's line of a round report. `weight` is its share of the sum of weights, 0 when it was not used.
 
     `norm` (L2) and `variance` are of all columns of its update, `cosine` is with the aggregate; `trust` as its weigher
-    keeps it, 1 being the mean; `contribution` is the drop of the server's loss that it was worth.
+    keeps it, 1 being the mean; `contribution` is the drop of the server's loss that it was worth. `seconds` is how long
+    its task took, from work given to answer, by the federation's clock; `bytes_down` what it was sent for it.
     """
 
     client: str
@@ -272,6 +298,8 @@ class ClientRow:
     steps: int | None = None
     staleness: int | None = None
     bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -281,6 +309,7 @@ class RoundReport:
 
     `skipped` says why the model was kept, if it was.
     `time` is the federation's clock (virtual in the simulator) at close, in seconds; `seconds` the wall time by part.
+    `bytes_down` is what was sent since the round before closed, to whomever.
     """
 
     round: int

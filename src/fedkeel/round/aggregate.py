@@ -29,7 +29,7 @@ class Used(NamedTuple):
 class Outcome:
     """What the arithmetic gave: the direction (P,), its norm; by row of the cohort shares of weight, cosines, trust.
 
-    `kept` is what stateful rules keep from now on.
+    `kept` is what stateful rules keep from now on; `scale` is what absolute weights make of the direction's length.
     """
 
     direction: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -39,6 +39,7 @@ class Outcome:
     trust: Mapping[int, float] = field(default_factory=dict)
     kept: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     used: Used | None = None
+    scale: float = 1.0
 
 
 def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int, Refusal]) -> Outcome:
@@ -69,6 +70,7 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
         if rule.needs > len(cohort):
             raise CohortError(f"{rule.kind} '{rule!r}' needs {rule.needs} rows, {len(cohort)} were left")
     weights = torch.ones(len(cohort), dtype=torch.float64)
+    absolute = torch.ones_like(weights)
     for rule in plan.weighers:
         given = asked(rule, cohort)
         assert isinstance(given, Tensor)
@@ -79,6 +81,8 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
             why = "" if held is None else f": its client's trust is {held:.3f}, 1 is the mean"
             refused[rows[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0{why}", held)
         weights = weights * given
+        if "absolute" in rule.definition.traits:
+            absolute = absolute * given
     shares = weights / sum_of(weights)
     trust = {
         row: held
@@ -89,6 +93,8 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
     direction = reduced(plan, cohort, weights)
     if direction.shape != state.theta.shape:
         raise CohortError(f"reducer '{plan.reducer!r}' gave shape {tuple(direction.shape)}, not (P,)")
+    scale = scale_of(weights, absolute)
+    direction = direction if scale == 1 else direction * scale
     norm = math.sqrt(distance.sq_norm(direction))
     cosines = _cosines(cohort, direction, norm)
     return Outcome(
@@ -99,14 +105,25 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
         trust,
         memory,
         Used(cohort, weights, rows),
+        scale,
     )
 
 
+def scale_of(weights: Tensor, absolute: Tensor) -> float:
+    """How long the step is: the mean of the factors of the weights (n,) that are absolute, by the other factors."""
+    if bool((absolute == 1).all()):
+        return 1.0
+    others = torch.where(absolute > 0, weights / absolute.clamp_min(1e-300), 0.0)
+    return float(weights.sum() / others.sum())
+
+
 def reduced(plan: Plan, cohort: Cohort, weights: Tensor, *, by_steps: bool = True) -> Tensor:
-    """The plan's mixers and reducer on rows of these weights; without the mixers that go `by_steps`, if so asked."""
+    """The plan's mixers and reducer on rows of these weights; `by_steps=False` leaves out mixers that go by clients."""
     mixed = cohort.U
     for place, rule in enumerate(plan.mixers):
-        told = (cohort.tau, cohort.params) if "by_steps" in rule.definition.traits else ()
+        traits = rule.definition.traits
+        told: tuple[object, ...] = (cohort.tau, cohort.params) if "by_steps" in traits else ()
+        told += (cohort.gap,) if "looks_back" in traits else ()
         if by_steps or not told:
             mixed, weights = rule(mixed, weights, cohort.key.fold("mix", place), *told)
     found: Tensor = plan.reducer(mixed, weights)
@@ -163,6 +180,7 @@ def _compacted(cohort: Cohort, rows: list[int]) -> Cohort:
         norm=cohort.norm[rows],
         metrics=tuple(cohort.metrics[row] for row in rows),
         labels=tuple(cohort.labels[row] for row in rows),
+        gap=None if cohort.gap is None else tuple(cohort.gap[row] for row in rows),
     )
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
-from fedkeel.core.types import Refusal, RoundReport, View
+from fedkeel.core.roster import Candidates, Roster
+from fedkeel.core.types import InFlight, Refusal, RoundReport, ServerState, View
 from fedkeel.round.plan import Plan
 from fedkeel.round.server import Server
 
@@ -17,7 +24,7 @@ class Train:
     """Have the client train from the model version; its answer carries the task. `deadline` in seconds, or None.
 
     Rounds count from 1. `settled` is the latest of its tasks whose update was used: what its corrections made of that
-    one is what they keep (`device.recall`).
+    one is what they keep (`device.recall`). `turn` counts the client's tasks of this round, from 0.
     """
 
     client: str
@@ -26,6 +33,7 @@ class Train:
     version: int
     deadline: float | None
     settled: int | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +53,10 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Write the server's snapshot down; `round` rounds are closed."""
+    """Write the state down; `round` rounds are closed."""
 
     round: int
+    state: ServerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +76,22 @@ class Done:
 Command = Train | Record | Evaluate | Checkpoint | Wait | Done
 
 
+class Presence(Protocol):
+    """Which clients are there: what the transport knows, or a simulator's devices."""
+
+    def here(self, now: float) -> NDArray[np.bool_] | None:
+        """A mask over the roster's clients; None: all are."""
+
+    def next_change(self, now: float) -> float:
+        """When that changes next, in seconds; infinity: never, or nobody knows."""
+
+
 class Coordinator:
     """Gives out work, lets answers in, closes rounds when its scheduler says so, for `rounds` rounds.
 
-    `now` is the caller's clock in seconds and never runs backwards. Every method returns the commands to carry out,
-    in order. A skipped round counts, so the run always ends; a message after the end changes nothing.
+    `now` is the caller's clock in seconds and never runs backwards; at `until` the last round closes, if not before. Every
+    method returns the commands to carry out, in order. A skipped round counts, so the run always ends; a message after the end
+    changes nothing. A server whose state has work in flight goes on with it.
     """
 
     def __init__(
@@ -84,116 +104,189 @@ class Coordinator:
         rounds: int,
         evaluate_every: int = 1,
         checkpoint_every: int = 1,
+        until: float = math.inf,
+        groups: Mapping[str, str] | None = None,
+        presence: Presence | None = None,
+        now: float = 0.0,
     ) -> None:
         self.plan = plan
         self.server = server
         self.rounds = rounds
-        self._clients = tuple(clients)
+        self.roster = Roster(clients, groups, server.state.roster)
         self._key = key
         self._evaluate_every = evaluate_every
         self._checkpoint_every = checkpoint_every
-        self._in_flight: dict[str, int] = {}
+        self._until = until
+        self._presence = presence
+        self._in_flight = {order.client: order for order in server.state.in_flight}
+        for client in self._in_flight:
+            self.roster.busy[self.roster.index[client]] = True
+        self._earlier = set(self._in_flight)
+        self._resting: list[int] = []
+        self._turns: Counter[str] = Counter()
         self._started = 0
-        self._opened = 0.0
+        self._opened = now
         self._over = False
 
     def start(self, now: float) -> list[Command]:
         """The first commands; on a resumed server, those of the round it stands at."""
-        self._opened = now
         first: list[Command] = [Evaluate(0, self.server.state.version)] if self.server.state.round == 0 else []
         return first + self._advance(now)
 
-    def on_message(self, client: str, data: bytes, now: float, *, intact: bool = False) -> list[Command]:
-        """Bytes came from a client; `intact` as in `Server.offer`."""
+    def on_message(
+        self, client: str, data: bytes, now: float, *, intact: bool = False, more: bool = False
+    ) -> list[Command]:
+        """Bytes came from a client; `intact` as in `Server.offer`.
+
+        `more`: other news of this very moment follows, and `on_tick` after it; no work is given out until then.
+        """
         if self._over:
             return []
-        self.server.offer(client, data, intact=intact)
-        if not self.server.awaits(client):
-            self._in_flight.pop(client, None)
-        return self._advance(now)
+        refusal = self.server.offer(client, data, now, intact=intact)
+        if client in self._in_flight and not self.server.awaits(client):
+            order = self._ended(client, rest=refusal is None and self.plan.one_at_a_time)
+            if refusal is None:
+                claims = self.server.newest
+                loss = claims.metrics.get("loss", math.nan)
+                self.roster.answered(self.roster.index[client], now - order.since, claims.num_examples, loss)
+        return self._advance(now, more)
 
-    def on_failure(self, client: str, task: int, why: str, now: float, *, stage: str = "transport") -> list[Command]:
+    def on_failure(
+        self, client: str, task: int, why: str, now: float, *, stage: str = "transport", more: bool = False
+    ) -> list[Command]:
         """The client's work will have no answer: lost on the way (`transport`), or failed in its training (`train`)."""
-        if self._over or self._in_flight.get(client) != task:
+        if self._over or client not in self._in_flight or self._in_flight[client].task != task:
             return []
-        self._abandon(client, Refusal("train" if stage == "train" else "transport", "failure", why))
-        return self._advance(now)
+        self._abandon(client, Refusal("train" if stage == "train" else "transport", "failure", why), now)
+        return self._advance(now, more)
 
     def on_tick(self, now: float) -> list[Command]:
         """The time has come that a `Wait` named; harmless at any other time."""
         return [] if self._over else self._advance(now)
 
-    def _abandon(self, client: str, refusal: Refusal) -> None:
-        del self._in_flight[client]
-        self.server.give_up(client, refusal)
+    def snapshot(self) -> ServerState:
+        """The state to go on from."""
+        return self.server.snapshot().replace(roster=self.roster.state())
 
-    def _advance(self, now: float) -> list[Command]:
+    def _ended(self, client: str, *, rest: bool = False) -> InFlight:
+        place = self.roster.index[client]
+        self._earlier.discard(client)
+        if rest:
+            self._resting.append(place)
+        else:
+            self.roster.busy[place] = False
+        return self._in_flight.pop(client)
+
+    def _abandon(self, client: str, refusal: Refusal, now: float) -> None:
+        self._ended(client)
+        self.server.give_up(client, refusal, now)
+
+    def _advance(self, now: float, more: bool = False) -> list[Command]:
         """Ask the scheduler until it is content: start, close, or wait."""
         commands: list[Command] = []
         while True:
             if self.server.state.round >= self.rounds:
                 self._over = True
                 return [*commands, Done(f"{self.rounds} rounds are done")]
-            decision = self.plan.schedule(
-                View(
-                    self.plan.cohort,
-                    self._started,
-                    len(self._in_flight),
-                    self.server.received,
-                    self._opened,
-                    now,
-                )
-            )
+            if now >= self._until:
+                self._over = True
+                short = None if self.server.received else "the time was over"
+                return [*commands, *self._close(now, short, last=True), Done(f"{self._until:g} seconds are over")]
+            decision = self.plan.schedule(self._view(now))
             if decision.close:
                 commands += self._close(now, decision.skip)
-            elif decision.start:
-                given = self._give(decision.start, decision.wake)
-                if not given:
-                    return commands
-                commands += given
-            elif decision.wake is not None and decision.wake > now:
-                return [*commands, Wait(decision.wake)]
-            elif decision.wake is None and self._in_flight:
+            elif more:
                 return commands
+            elif decision.start:
+                given = self._give(decision.start, decision.wake, now)
+                commands += given
+                if given:
+                    continue
+                if not self._in_flight and not self._resting and not math.isfinite(self._change(now)):
+                    commands += self._close(now, "no client is free, and none will be")
+                    continue
+                wake = min(self._change(now), self._until)
+                return [*commands, Wait(wake)] if math.isfinite(wake) else commands
+            elif decision.wake is not None and decision.wake > now:
+                return [*commands, Wait(min(decision.wake, self._until))]
+            elif decision.wake is None and self._in_flight:
+                return [*commands, Wait(self._until)] if math.isfinite(self._until) else commands
             else:
                 raise RunError(f"scheduler '{self.plan.schedule!r}' neither starts, closes nor waits: no round can end")
 
-    def _give(self, count: int, deadline: float | None) -> list[Command]:
-        shut = self.server.shut_out(self._clients)
-        free = [c for c in self._clients if c not in self._in_flight and c not in shut]
-        state = self.server.state
-        if not free:
+    def _view(self, now: float) -> View:
+        received = self.server.received
+        counts = (self.plan.cohort, self._started, len(self._in_flight), len(self._earlier), received)
+        return View(*counts, self._opened, now)
+
+    def _change(self, now: float) -> float:
+        """When somebody comes or goes."""
+        return math.inf if self._presence is None else self._presence.next_change(now)
+
+    def _free(self, now: float) -> NDArray[np.int64]:
+        free = ~self.roster.busy
+        here = None if self._presence is None else self._presence.here(now)
+        if here is not None:
+            free &= here
+        for client in self.server.shut_out(self.roster.names):
+            free[self.roster.index[client]] = False
+        return np.flatnonzero(free)
+
+    def _give(self, count: int, deadline: float | None, now: float) -> list[Command]:
+        free = self._free(now)
+        if not len(free):
             return []
+        state = self.server.state
         number = state.round + 1
-        key = self._key.fold("select", number, self._started)
-        chosen = self.plan.select(free, min(count, len(free)), number, key)
-        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(free):
-            raise RunError(
-                f"selector '{self.plan.select!r}' chose {list(chosen)[:5]}: it must choose free clients, once each"
-            )
         commands: list[Command] = []
-        for client in chosen:
-            task = self.server.give(client)
-            self._in_flight[client] = task
-            settled = self.server.settled(client)
-            commands.append(Train(client, task, number, state.version, deadline, settled))
-        self._started += len(chosen)
+        for place in self._chosen(free, min(count, len(free)), number):
+            client = self.roster.names[place]
+            task = self.server.give(client, now)
+            self._in_flight[client] = self.server.given(client)
+            self.roster.select(place, number)
+            settled, turn = self.server.settled(client), self._turns[client]
+            self._turns[client] += 1
+            commands.append(Train(client, task, number, state.version, deadline, settled, turn))
+        self._started += len(commands)
         return commands
 
-    def _close(self, now: float, skip: str | None) -> list[Command]:
-        if self.plan.max_staleness == 0:  # nothing that comes later could be used
-            for client in list(self._in_flight):
-                waited = now - self._opened
-                self._abandon(client, Refusal("late", "deadline", f"no answer within {waited:g} s"))
+    def _chosen(self, free: NDArray[np.int64], count: int, number: int) -> list[int]:
+        """Places in the roster: who has waited for too long, then whom the selector chooses."""
+        first: list[int] = []
+        if self.plan.longest_wait is not None:
+            overdue = self.roster.overdue(free, number, self.plan.rows, self.plan.longest_wait)
+            first = overdue[:count].tolist()
+            free, count = np.setdiff1d(free, first), count - len(first)
+        if not count:
+            return first
+        key = self._key.fold("select", number, self._started)
+        chosen = np.asarray(self.plan.select(Candidates(self.roster, free), count, number, key))
+        known = chosen.dtype.kind in "iu" and chosen.ndim == 1 and 0 < len(chosen) <= count
+        if not known or len(np.unique(chosen)) < len(chosen) or chosen.min() < 0 or chosen.max() >= len(free):
+            raise RunError(
+                f"selector '{self.plan.select!r}' chose {chosen.tolist()[:5]}: it must choose positions of free "
+                f"clients, once each, {count} at most"
+            )
+        return [*first, *free[chosen].tolist()]
+
+    def _close(self, now: float, skip: str | None, *, last: bool = False) -> list[Command]:
+        last = last or self.server.state.round + 1 >= self.rounds
+        if last or self.plan.max_staleness == 0:  # nothing that comes later could be used
+            for client, order in list(self._in_flight.items()):
+                why = f"no answer within {now - order.since:g} s"
+                self._abandon(client, Refusal("late", "end" if last else "deadline", why), now)
         report = self.server.close(now, skip)
+        self.roster.busy[self._resting] = False
+        self._resting.clear()
+        self._turns.clear()
+        self._earlier = set(self._in_flight)
         self._started = 0
         self._opened = now
         done = self.server.state.round
-        last = done >= self.rounds
         commands: list[Command] = []
         if last or done % self._evaluate_every == 0:
             commands.append(Evaluate(done, self.server.state.version))
         commands.append(Record(report))
         if last or done % self._checkpoint_every == 0:
-            commands.append(Checkpoint(done))
+            commands.append(Checkpoint(done, self.snapshot()))
         return commands

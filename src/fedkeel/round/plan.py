@@ -35,60 +35,102 @@ class Plan:
     weighers: tuple[Rule, ...] = ()
     mixers: tuple[Rule, ...] = ()
     zstd: int = 0
-    max_staleness: int = 0
     quarantine: Quarantine | None = None
     contribution: Rule | None = None
     label_classes: int = 0
     work: LocalWork | None = None
     population: int = 0
+    longest_wait: int | None = None
 
     def __post_init__(self) -> None:
         if self.cohort < 1:
             raise InputError(f"select.cohort = {self.cohort}: at least one client must take part in a round")
+        self._check_schedule()
+        where = f"select.cohort is {self.cohort}" if self.rows == self.cohort else f"'{self.schedule!r}' closes with {self.rows}"
         for rule in (*self.screens, *self.weighers, *self.mixers, self.reducer):
-            if rule.needs > self.cohort:
+            if rule.needs > self.rows:
                 raise InputError(
-                    f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but select.cohort is {self.cohort}: "
-                    f"raise the cohort or lower the rule's parameter"
+                    f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but {where}: "
+                    f"raise that or lower the rule's parameter"
                 )
         # What a transform keeps and draws goes by its name, what a screen or weigher keeps by the whole of its text.
         require_once([rule.name for rule in self.transforms])
         require_once([repr(r) for r in (*self.screens, *self.weighers) if r.definition.init is not None])
         self._check_what_is_left()
         self._check_partners()
+
+    @cached_property
+    def rows(self) -> int:
+        """How many updates a close may count on."""
+        hook = self.schedule.hook("rows")
+        return self.cohort if hook is None else int(hook(self.cohort))
+
+    @cached_property
+    def max_staleness(self) -> int:
+        """How many models behind an update may be."""
+        hook = self.schedule.hook("staleness")
+        return 0 if hook is None else int(hook())
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a rule asks how far the model has gone since a client began."""
+        return any("looks_back" in mixer.definition.traits for mixer in self.mixers)
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether a client rests until its last update was used or refused: what its corrections keep depends on it."""
+        return any(rule.hook("after") for rule in self.corrections)
+
+    def _check_schedule(self) -> None:
         quorum = self.schedule.parameters.get("quorum", 1)
         if quorum > self.cohort:
             raise InputError(f"schedule quorum = {quorum} is above select.cohort = {self.cohort}: no round could close")
+        if self.longest_wait is not None and self.population > self.rows * self.longest_wait:
+            raise InputError(
+                f"select.longest_wait = {self.longest_wait}: with {self.rows} of {self.population} clients a round "
+                f"somebody waits longer: write at least {-(-self.population // self.rows)}"
+            )
+        if self.one_at_a_time and self.rows > self.population > 0:
+            raise InputError(
+                f"schedule '{self.schedule!r}' closes with {self.rows} updates, of {self.population} clients that rest "
+                f"until it does, for {', '.join(map(repr, self.corrections))}: lower the buffer"
+            )
+        changes = self.work is not None and self.work.rate.name != "constant"
+        if changes and self.max_staleness and any("control" in rule.definition.traits for rule in self.corrections):
+            raise InputError(
+                f"train.lr_schedule = '{self.work.rate!r}' makes late updates of another learning rate than those that "  # type: ignore[union-attr]
+                "corrections reckon with: leave out one of train.lr_schedule, train.corrections, and late updates"
+            )
 
     def _check_partners(self) -> None:
-        """Refuse half of a method that has a client's and a server's half, and by_steps mixers out of their place."""
+        """Refuse half of a method that has a client's and a server's half, and mixers out of their place."""
         halves = [rule for rule in (*self.corrections, self.optimiser) if "partner" in rule.definition.traits]
         for rule in halves:
             others = [o for o in halves if o.kind != rule.kind]
             if [(o.name, o.parameters) for o in others] != [(rule.name, rule.parameters)]:
                 key = "server.optimiser" if rule.kind == "correction" else "train.corrections"
                 raise InputError(f"{rule.kind} '{rule!r}' is half of a method: name '{rule!r}' under {key} as well")
-        by_steps = ["by_steps" in mixer.definition.traits for mixer in self.mixers]
-        if by_steps != sorted(by_steps, reverse=True):
-            late = self.mixers[by_steps.index(True, by_steps.index(False))]
-            raise InputError(f"mixer '{late!r}' goes by the steps of each client: name it first in aggregate.mix")
+        own = [bool({"by_steps", "looks_back"} & mixer.definition.traits) for mixer in self.mixers]
+        if own != sorted(own, reverse=True):
+            late = self.mixers[own.index(True, own.index(False))]
+            raise InputError(f"mixer '{late!r}' goes by what each client did: name it first in aggregate.mix")
 
     def _check_what_is_left(self) -> None:
         """Refuse a rule that needs more rows than those before it leave."""
-        left, by = self.cohort, ""
+        left, by = self.rows, ""
 
         def take(rule: Rule, given: int) -> None:
             nonlocal left, by
             if rule.needs > given:
                 raise InputError(
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but {by} "
-                    f"leaves {given} of {self.cohort}: choose one of the two, or the reducer 'mean'"
+                    f"leaves {given} of {self.rows}: choose one of the two, or the reducer 'mean'"
                 )
             if rule.leaves(given) < left:
                 left, by = rule.leaves(given), f"{rule.kind} '{rule!r}'"
 
         for rule in self.screens:  # each of them sees the whole cohort
-            take(rule, self.cohort)
+            take(rule, self.rows)
         screened = left
         for rule in self.weighers:
             take(rule, screened)
@@ -124,7 +166,7 @@ class Plan:
         per_row = all("per_row" in w.definition.traits for w in self.weighers)
         kept = self.screens or self.mixers or self.contribution
         mean = "streams" in self.reducer.definition.traits and not kept
-        return mean and per_row and 4 * self.cohort * columns > STREAM_ABOVE
+        return mean and per_row and 4 * self.rows * columns > STREAM_ABOVE
 
     @property
     def steps(self) -> list[tuple[str, str]]:

@@ -51,6 +51,9 @@ class Book:
         self._rule = rule
         self._entries = {client: Entry(*values) for client, values in kept.items()}
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def to_json(self) -> dict[str, list[float | int | None]]:
         return {client: [entry.record, entry.since] for client, entry in sorted(self._entries.items())}
 

@@ -22,6 +22,7 @@ from fedkeel.core.types import (
     Closed,
     Cohort,
     Door,
+    InFlight,
     Referee,
     Refusal,
     RoundReport,
@@ -31,7 +32,7 @@ from fedkeel.core.types import (
 from fedkeel.core.work import LocalWork
 from fedkeel.kernels import distance
 from fedkeel.round import wire
-from fedkeel.round.aggregate import Outcome, aggregate, per_step_, reduced, sum_of
+from fedkeel.round.aggregate import Outcome, aggregate, per_step_, reduced, scale_of, sum_of
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
@@ -47,6 +48,9 @@ class _Admitted:
     update: Update
     staleness: int
     weight: float = 0.0
+    absolute: float = 1.0
+    seconds: float = 0.0
+    bytes_down: int = 0
 
 
 class Server:
@@ -73,12 +77,14 @@ class Server:
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
         columns = layout.columns
         self._streams = plan.streams(columns)
-        self._store = RowStore(columns, 0 if self._streams else plan.cohort, state.next_task)
+        self._store = RowStore(columns, 0 if self._streams else plan.rows, state.next_task)
         self._told = [rule for rule in plan.corrections if rule.hook("control")]
         self._by_steps = any("control" in rule.definition.traits for rule in self._told)
         self._sum = RowSum(columns if self._streams else 0, scaled=self._by_steps)
-        self._outstanding: dict[str, int] = {}
-        self._versions: dict[str, int] = {}
+        self._given = {order.client: order for order in state.in_flight}
+        self._outstanding = {client: order.task for client, order in self._given.items()}
+        self._bases = dict(state.bases)
+        self._sent = 0
         self._answered: set[int] = set()
         self._admitted: list[_Admitted] = []
         self._refused: list[ClientRow] = []
@@ -86,12 +92,13 @@ class Server:
         self._last_payload: dict[str, str] = dict(state.trust.get("last_payload", {}))
         self._book = Book(plan.quarantine, state.trust.get("offences", {}))
         self._left_out: dict[str, Refusal] = {}
-        self._asked: set[str] = set()
+        self._asked: set[str] = set(self._outstanding)
 
     def snapshot(self) -> ServerState:
-        """The state to checkpoint. Work that is outstanding is not in it: a resumed round gives it out again."""
+        """The state to checkpoint, right after a close: updates that lie in an open buffer are not in it."""
         trust = {"last_payload": dict(self._last_payload), "offences": self._book.to_json()}
-        return self.state.replace(trust={**self.state.trust, **trust})
+        trust = {**self.state.trust, **trust}
+        return self.state.replace(trust=trust, in_flight=tuple(self._given.values()), bases=dict(self._bases))
 
     @property
     def bytes_down(self) -> int:
@@ -107,22 +114,36 @@ class Server:
 
     def shut_out(self, clients: Sequence[str]) -> Set[str]:
         """Who of the clients is in quarantine and gets no task this round; the report will say so of each."""
-        self._left_out = self._book.shut_out(clients, self.plan.least)
+        self._left_out = self._book.shut_out(clients, self.plan.least) if self._book else {}
         return self._left_out.keys()
 
-    def give(self, client: str) -> int:
+    def give(self, client: str, now: float = 0.0) -> int:
         """A new task for the client: its answer, and no other, will be let in."""
-        task = self.state.next_task
-        self.state = self.state.replace(next_task=task + 1)
+        state = self.state
+        task, sent = state.next_task, self.bytes_down
+        self.state = state.replace(next_task=task + 1)
+        self._given[client] = InFlight(client, task, state.round + 1, state.version, now, sent)
         self._outstanding[client] = task
         self._asked.add(client)
-        self._versions[client] = self.state.version
+        self._sent += sent
+        if self.plan.looks_back:
+            self._bases[state.version] = state.theta
         return task
 
-    def give_up(self, client: str, refusal: Refusal) -> None:
+    def given(self, client: str) -> InFlight:
+        """The task that the client has."""
+        return self._given[client]
+
+    def _take(self, client: str) -> InFlight | None:
+        """The client's task has ended; None if it had none."""
+        self._outstanding.pop(client, None)
+        return self._given.pop(client, None)
+
+    def give_up(self, client: str, refusal: Refusal, now: float) -> None:
         """The client's task will have no answer: it failed, or was lost."""
-        if self._outstanding.pop(client, None) is not None:
-            self._refused.append(ClientRow(client, refusal))
+        if (order := self._take(client)) is not None:
+            row = ClientRow(client, refusal, bytes_down=order.bytes_down, seconds=now - order.since)
+            self._refused.append(row)
             self._fold()
 
     def awaits(self, client: str) -> bool:
@@ -132,6 +153,11 @@ class Server:
     @property
     def received(self) -> int:
         return len(self._admitted)
+
+    @property
+    def newest(self) -> Claims:
+        """What the client says whose update was let in last."""
+        return self._admitted[-1].update.claims
 
     @property
     def door(self) -> Door:
@@ -145,7 +171,7 @@ class Server:
             self._last_payload,
         )
 
-    def offer(self, client: str, data: bytes, *, intact: bool = False) -> Refusal | None:
+    def offer(self, client: str, data: bytes, now: float = 0.0, *, intact: bool = False) -> Refusal | None:
         """Let one message from `client` (as the transport knows it) through the door, or say why not.
 
         A refused answer ends the client's task; a message about another task (late, doubled, replayed) does not.
@@ -161,14 +187,15 @@ class Server:
                 update = self._measure(update, self._decode(sealed, intact))
                 refusal = _first_refusal(self._body_checks, update, self.door)
                 if refusal is None:
-                    self._admit(client, update)
+                    self._admit(client, update, now)
                     return None
         except DecodeError as error:
             refusal = Refusal("decode", "envelope", str(error))
-        self._refuse(client, len(data), update, refusal)
+        ended = None
         if update is None or update.claims.task == self._outstanding.get(client):
-            self._outstanding.pop(client, None)
+            ended = self._take(client)
             self._fold()
+        self._refuse(client, len(data), update, refusal, ended, now)
         return refusal
 
     def _decode(self, sealed: wire.Sealed, intact: bool) -> Tensor:
@@ -188,8 +215,7 @@ class Server:
         if refusal is None and not open_task:
             # Structural, whatever checks a job names: no task is answered twice, none without being given.
             return Refusal("check", "task", f"task {claims.task} is not one that this client was given")
-        if refusal is None and claims.base_version != self._versions[client]:
-            given = self._versions[client]
+        if refusal is None and claims.base_version != (given := self._given[client].version):
             return Refusal("check", "task", f"it claims model version {claims.base_version}, it was given {given}")
         return refusal
 
@@ -198,14 +224,19 @@ class Server:
         variance = max(square / columns - (float(delta.sum()) / columns) ** 2, 0.0) if columns else 0.0
         return replace(update, delta=delta, norm=math.sqrt(square), variance=variance, finite=math.isfinite(square))
 
-    def _admit(self, client: str, update: Update) -> None:
-        task = self._outstanding.pop(client)
+    def _admit(self, client: str, update: Update, now: float) -> None:
+        order = self._take(client)
+        assert order is not None
+        task = order.task
         self._answered.add(task)
         admitted = _Admitted(task, update, self.state.version - update.claims.base_version)
+        admitted.seconds, admitted.bytes_down = now - order.since, order.bytes_down
         if self._streams:
             assert update.delta is not None
             alone = self._cohort(update.delta[None], [admitted])
-            admitted.weight = math.prod(float(w(alone, self.state)[0]) for w in self.plan.weighers)
+            given = [(rule, float(rule(alone, self.state)[0])) for rule in self.plan.weighers]
+            admitted.weight = math.prod(weight for _, weight in given)
+            admitted.absolute = math.prod(weight for rule, weight in given if "absolute" in rule.definition.traits)
             tau = float(alone.tau[0]) if self._by_steps and admitted.weight else 1.0
             self._sum.admit(task, admitted.weight, -1 / (tau * self._lr) if tau else math.nan)
         else:
@@ -217,7 +248,9 @@ class Server:
         if self._streams:
             self._sum.fold(min(self._outstanding.values(), default=math.inf))
 
-    def _refuse(self, client: str, size: int, update: Update | None, refusal: Refusal) -> None:
+    def _refuse(
+        self, client: str, size: int, update: Update | None, refusal: Refusal, ended: InFlight | None, now: float
+    ) -> None:
         count, more = self._messages.get(client, (0, 0))
         over = count >= MESSAGES_KEPT or len(self._refused) >= MESSAGES_KEPT * (self.plan.cohort + MESSAGES_KEPT)
         if count == 0 and over and not self.awaits(client):
@@ -227,6 +260,8 @@ class Server:
         if over:
             return
         row = ClientRow(client, refusal, bytes_up=size) if update is None else _described(update)
+        if ended is not None:
+            row = replace(row, bytes_down=ended.bytes_down, seconds=now - ended.since)
         self._refused.append(replace(row, client=client, refusal=refusal))
 
     # -- the close
@@ -258,6 +293,7 @@ class Server:
             self._rows(outcome, refused, worth, skip),
             skip,
             0.0 if skip else outcome.norm,
+            self._sent,
         )
         self._book.close(report.round, report.clients, self._asked)
         self._next_buffer()
@@ -287,9 +323,11 @@ class Server:
             return aggregate(self.plan, self._cohort(self._store.in_order(), self._admitted), self.state, refused)
         self._sum.fold(math.inf)
         weights = torch.tensor([a.weight for a in self._admitted], dtype=torch.float64)
+        scale = scale_of(weights, torch.tensor([a.absolute for a in self._admitted], dtype=torch.float64))
         total = sum_of(weights)
-        direction = (self._sum.total / total).to(torch.float32)
-        return Outcome(direction, math.sqrt(distance.sq_norm(direction)), dict(enumerate((weights / total).tolist())))
+        direction = (self._sum.total / (total / scale)).to(torch.float32)
+        shares = dict(enumerate((weights / total).tolist()))
+        return Outcome(direction, math.sqrt(distance.sq_norm(direction)), shares, scale=scale)
 
     def _cohort(self, U: Tensor, admitted: Sequence[_Admitted]) -> Cohort:
         claims = [a.update.claims for a in admitted]
@@ -308,7 +346,14 @@ class Server:
             self._referee,
             partial(reduced, self.plan),
             self._work.worth if self._work else None,
+            self._gaps(claims) if self.plan.looks_back else None,
         )
+
+    def _gaps(self, claims: Sequence[Claims]) -> tuple[Tensor, ...]:
+        """How far the model has gone since each client began, (P,) each, those of one version the same tensor."""
+        versions = {c.base_version for c in claims}
+        found = {version: self.state.theta - self._bases[version] for version in versions}
+        return tuple(found[c.base_version] for c in claims)
 
     def _step(self, outcome: Outcome) -> None:
         """Move the model: the optimiser on parameters, buffers by plain addition."""
@@ -357,7 +402,7 @@ class Server:
 
     def _per_step(self, outcome: Outcome) -> Tensor:
         if outcome.used is not None:
-            return per_step_(self.plan, outcome.used, outcome.direction, self._lr)
+            return per_step_(self.plan, outcome.used, outcome.direction / outcome.scale, self._lr)
         weights = torch.tensor([a.weight for a in self._admitted], dtype=torch.float64)
         found = (self._sum.scaled / sum_of(weights)).to(torch.float32)
         found[self.layout.params.stop :] = 0
@@ -391,6 +436,8 @@ class Server:
                     trust=None if skip else outcome.trust.get(i),
                     contribution=None if skip else worth.get(i),
                     staleness=admitted.staleness,
+                    bytes_down=admitted.bytes_down,
+                    seconds=admitted.seconds,
                 )
             )
         for client, (count, size) in self._messages.items():
@@ -409,6 +456,9 @@ class Server:
         self._refused.clear()
         self._left_out = {}
         self._asked = set(self._outstanding)
+        self._sent = 0
+        out = {order.version for order in self._given.values()}
+        self._bases = {version: theta for version, theta in self._bases.items() if version in out}
         self._messages.clear()
         self._answered.clear()
         self._store.clear(self.state.next_task)

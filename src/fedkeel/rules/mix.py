@@ -2,14 +2,16 @@
 
 V has m <= n rows, v their weights. A row of weight 0 has no influence, and need not be among V. Whatever a mixer draws
 comes from the key, which is the round's own. Inputs are left as they are; V may be U itself where nothing is changed.
-Trait "keeps_mean": the weighted mean of V by v is that of U by w. Trait "by_steps": the rows must still be clients'
-own, and it is called with (U, w, key, tau (n,), params) as well: how many plain SGD steps each row is worth, and which
-columns are parameters.
+Trait "keeps_mean": the weighted mean of V by v is that of U by w. With the traits "by_steps" and "looks_back" the rows
+must still be clients' own, and a mixer is called with (U, w, key, tau (n,), params) or (U, w, key, gap) as well: how
+many plain SGD steps each row is worth, and which columns are parameters; or how far the server's model has gone since
+each row's client began, (P,) each.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -134,6 +136,20 @@ def fednova(U: Tensor, w: Tensor, key: Key, tau: Tensor, params: slice) -> tuple
     for row, factor in zip(rows, factors.tolist(), strict=True):
         V[row, params] *= factor
     return V, w
+
+
+@rule("mixer", traits=("looks_back",))
+def models(U: Tensor, w: Tensor, key: Key, gap: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows become the way from the server's model to the client's: what is mixed are models, as FedAsync does.
+
+    x_k - x = U_k - (x - x_started) (Xie et al. 2019, algorithm 1): a client that began with an old model pulls back what
+    was learned since, by its weight. Without it updates are added to the model as it is now, as FedBuff does. The server
+    keeps the models that work began from. Holds a second matrix (n, P) where a row is stale.
+    """
+    _used(w, 1, "models")
+    if not any(bool(torch.count_nonzero(g)) for g in gap):
+        return U, w
+    return U - torch.stack(tuple(gap)), w
 
 
 def _used(w: Tensor, needed: int, name: str) -> list[int]:

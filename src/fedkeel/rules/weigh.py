@@ -3,7 +3,8 @@
 A weigher registered with `init` is stateful: `(cohort, state, kept) -> (weights, kept)`, kept a mapping of names to
 vectors; that of a round which is skipped is dropped. Traits: "server_data" (asks the cohort's referee), "trust" (keeps
 each client's trust under its name, one figure), "per_row" (a row's weight depends on that row alone, so a server may
-weigh rows as they come).
+weigh rows as they come), "absolute" (the step is as long as its weights are on the mean: a row that is worth little does
+not weigh more because the others are worth as little).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -45,6 +46,58 @@ def examples(cohort: Cohort, state: ServerState, *, cap: Annotated[int, Field(ge
 def equal(cohort: Cohort, state: ServerState) -> Tensor:
     """Every row counts the same."""
     return torch.ones(len(cohort), dtype=torch.float64)
+
+
+@rule("weigher", traits=("per_row", "absolute"))
+def staleness(
+    cohort: Cohort,
+    state: ServerState,
+    *,
+    form: Literal["polynomial", "hinge", "constant"] = "polynomial",
+    a: Positive = 0.5,
+    b: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 4.0,
+) -> Tensor:
+    """What an update of a model that is s versions old is worth: (1 + s)^-a, or by another form (Xie et al. 2019, 5.2).
+
+    polynomial: (1 + s)^-a, with a = 0.5 FedBuff's. hinge: 1 up to s = b, then 1 / (a (s - b) + 1). constant: 1. The step
+    is shortened with the weights (FedBuff divides by the number of updates, FedAsync mixes by alpha s): a buffer of
+    which all is stale moves the model less.
+    """
+    s = cohort.staleness
+    if form == "polynomial":
+        return (1 + s) ** -a
+    return torch.ones_like(s) if form == "constant" else 1 / (a * (s - b).clamp(min=0) + 1)
+
+
+@rule("weigher", init=lambda **_: {}, traits=("absolute",))
+def even_share(
+    cohort: Cohort,
+    state: ServerState,
+    kept: Kept,
+    *,
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.98,
+    cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0,
+) -> tuple[Tensor, Kept]:
+    """The inverse of how often a client's updates came of late, so that slow devices count as much as fast ones.
+
+    Where clients answer at their own pace the model leans to those who answer often. A client's pace is its mean number
+    of updates a round, over about 1 / (1 - memory) rounds; its weight the mean pace of the clients that are known, over
+    its own, at most `cap` and at least 1 / cap. A step to which rare clients came is longer for it: of all steps together
+    everybody has an even part (importance weighting), at the price of steps that vary.
+    """
+    now = state.round
+
+    def aged(name: str) -> float:
+        pace, then = kept[name].tolist() if name in kept else (0.0, now)
+        return float(pace * memory ** (now - then))
+
+    # Sums of memory^age, not means: a client is known by its first update alone. The name "" holds that of all clients.
+    counts = Counter(cohort.client)
+    paces = {client: aged(client) + count for client, count in counts.items()} | {"": aged("") + len(cohort)}
+    found = {**kept, **{name: torch.tensor([pace, now], dtype=torch.float64) for name, pace in paces.items()}}
+    mean = paces[""] / max(len(found) - 1, 1)
+    weights = [min(max(mean / paces[client], 1 / cap), cap) for client in cohort.client]
+    return torch.tensor(weights, dtype=torch.float64), found
 
 
 @rule("weigher")

@@ -6,20 +6,20 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from torch import Tensor
 
 from fedkeel.core.errors import InputError, RunError
-from fedkeel.core.types import ClientMemory, ServerState
+from fedkeel.core.types import ClientMemory, InFlight, ServerState
 from fedkeel.ship import files, tensors
 from fedkeel.ship.tensors import fingerprint
 
 __all__ = ["fingerprint", "latest", "load", "prune", "save"]
 
 _NAME = re.compile(r"round-(\d{6,})\.safetensors")
-_FORMAT = 1
+_FORMAT = 2
 _log = logging.getLogger("fedkeel")
 
 
@@ -29,17 +29,21 @@ def save(
     memory: ClientMemory,
     extra: Mapping[str, Any],
     *,
+    attached: Mapping[str, Tensor] | None = None,
     layout_digest: str | None = None,
 ) -> Path:
     """Write `directory/round-000010.safetensors` atomically and return its path.
 
-    It holds theta, opt/*, control/*, kept/<rule>/<name>, memory/<client>/<name> as tensors; version, round, trust,
-    privacy, the layout's digest and `extra` as JSON. A kill at any moment, a full disk or a missing directory
+    It holds theta, opt/*, control/*, roster/*, bases/<version>, kept/<rule>/<name>, memory/<client>/<name> and
+    attached/* as tensors; version, round, work in flight, trust, privacy, the layout's digest and `extra` as JSON. A kill at any moment, a full disk or a missing directory
     (`RunError`) leaves the checkpoints before it whole.
     """
     content: dict[str, Tensor] = {"theta": state.theta}
     content |= {f"opt/{name}": value for name, value in state.opt.items()}
     content |= {f"control/{name}": value for name, value in state.control.items()}
+    content |= {f"roster/{name}": value for name, value in state.roster.items()}
+    content |= {f"bases/{version}": value for version, value in state.bases.items()}
+    content |= {f"attached/{name}": value for name, value in (attached or {}).items()}
     for rule, values in state.kept.items():
         content |= {f"kept/{quote(rule, safe='')}/{quote(name, safe='')}": value for name, value in values.items()}
     for client, name, value in memory.items():
@@ -49,6 +53,7 @@ def save(
         "version": state.version,
         "round": state.round,
         "next_task": state.next_task,
+        "in_flight": [list(order) for order in state.in_flight],
         "trust": dict(state.trust),
         "privacy": dict(state.privacy),
         "layout": layout_digest,
@@ -64,8 +69,17 @@ def save(
     return path
 
 
-def load(path: Path, *, layout_digest: str | None = None) -> tuple[ServerState, ClientMemory, dict[str, Any]]:
-    """The state, the clients' memory and `extra` of a checkpoint.
+class Loaded(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: ServerState
+    memory: ClientMemory
+    extra: dict[str, Any]
+    attached: dict[str, Tensor]
+
+
+def load(path: Path, *, layout_digest: str | None = None) -> Loaded:
+    """The state, the clients' memory, `extra` and what was attached to a checkpoint.
 
     Raises `InputError` for a file that is corrupt, of another format, or of another model than `layout_digest`.
     """
@@ -74,7 +88,7 @@ def load(path: Path, *, layout_digest: str | None = None) -> tuple[ServerState, 
         raise InputError(f"{path} is no checkpoint of format {_FORMAT}: choose one that this version of fedkeel wrote")
     if layout_digest is not None and info["layout"] is not None and info["layout"] != layout_digest:
         raise InputError(f"{path} holds a model of another layout: resume with the model that the run began with")
-    groups: dict[str, dict[str, Tensor]] = {"opt": {}, "control": {}}
+    groups: dict[str, dict[str, Tensor]] = {"opt": {}, "control": {}, "roster": {}, "bases": {}, "attached": {}}
     held: dict[str, dict[str, Tensor]] = {}
     kept: dict[str, dict[str, Tensor]] = {}
     for key, value in content.items():
@@ -100,8 +114,11 @@ def load(path: Path, *, layout_digest: str | None = None) -> tuple[ServerState, 
         kept=kept,
         trust=info["trust"],
         privacy=info["privacy"],
+        in_flight=tuple(InFlight(*order) for order in info["in_flight"]),
+        bases={int(version): theta for version, theta in groups["bases"].items()},
+        roster=groups["roster"],
     )
-    return state, memory, info["extra"]
+    return Loaded(state, memory, info["extra"], groups["attached"])
 
 
 def latest(directory: Path) -> Path | None:

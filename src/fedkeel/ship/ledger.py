@@ -16,7 +16,7 @@ from fedkeel.core.errors import InputError, RunError
 if TYPE_CHECKING:  # a reader of the ledger needs no torch
     from fedkeel.core.types import ClientRow, RoundReport
 
-SCHEMA = 2
+SCHEMA = 3
 _APPLICATION = 0x66656B6C  # "fekl": tells our file from any other SQLite file
 _TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -27,8 +27,8 @@ CREATE TABLE updates(
     round INTEGER NOT NULL REFERENCES rounds ON DELETE CASCADE, client TEXT NOT NULL,
     stage TEXT, rule TEXT, reason TEXT, score REAL, weight REAL, norm REAL, cosine REAL, variance REAL, trust REAL,
     contribution REAL,
-    num_examples INTEGER, steps INTEGER, staleness INTEGER, bytes_up INTEGER NOT NULL, metrics TEXT NOT NULL,
-    hostile INTEGER);
+    num_examples INTEGER, steps INTEGER, staleness INTEGER, bytes_up INTEGER NOT NULL,
+    bytes_down INTEGER NOT NULL, seconds REAL, metrics TEXT NOT NULL, hostile INTEGER);
 CREATE INDEX updates_round ON updates(round);
 CREATE TABLE metrics(
     round INTEGER NOT NULL, scope TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL,
@@ -140,7 +140,7 @@ class Ledger:
         rows = [_update(report.round, client, hostile) for client in report.clients]
         with self.transaction():
             self._db.execute("INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", line)
-            self._db.executemany("INSERT INTO updates VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+            self._db.executemany("INSERT INTO updates VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
 
     def write_metrics(
         self,
@@ -214,7 +214,8 @@ def _update(round: int, row: ClientRow, hostile: set[str] | None) -> tuple[Any, 
     truth = None if hostile is None else row.client in hostile
     client, reason = _text(row.client), _text(reason)
     figures = (score, row.weight, row.norm, row.cosine, row.variance, row.trust, row.contribution)
-    return (round, client, stage, rule, reason, *figures, *counts, metrics, truth)
+    sent = (row.bytes_down, row.seconds)
+    return (round, client, stage, rule, reason, *figures, *counts, *sent, metrics, truth)
 
 
 def _whole(value: int | None) -> int | None:

@@ -21,6 +21,7 @@ from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.wire import MAX_NAME
 from fedkeel.sim.composition import AUTO, choose
+from fedkeel.sim.devices import Devices
 from fedkeel.sim.evaluation import CLIENTS, GLOBAL
 from fedkeel.sim.hostile import Adversary
 from fedkeel.sim.models import build_model
@@ -58,6 +59,7 @@ class Federation:
     work: LocalWork
     adversary: Adversary
     referee: ServerExamples | None
+    devices: Devices
     chosen: str | None
 
     @classmethod
@@ -79,7 +81,7 @@ class Federation:
             if not 0 < len(name.encode(errors="replace")) <= MAX_NAME or not name.isprintable():
                 raise InputError(f"client name {name[:40]!r} is not valid: give 1 to {MAX_NAME} printable bytes")
         named = [(f"record.groups.{group}", pattern) for group, pattern in job.record.groups.items()]
-        for key_of, pattern in (*named, *(("train.speeds", pattern) for pattern in job.train.speeds)):
+        for key_of, pattern in named:
             if not fnmatch.filter(split.names, pattern):
                 raise InputError(f"{key_of}: '{pattern}' matches no client: their names are as '{split.names[0]}'")
         with _about("model.build"):
@@ -125,6 +127,7 @@ class Federation:
         if job.data.pooled:
             data = replace(data, offsets=data.offsets[[0, -1]])
         names = (POOLED,) if job.data.pooled else split.names
+        devices = Devices(job, sorted(names), key.fold("devices"))
         adversary = Adversary.among(names, job.attack.clients, job.attacks, key.fold("attack"))
         adversary.check(pool, layout)
         data = adversary.poison(data, names, pool.classes)
@@ -156,7 +159,7 @@ class Federation:
         plan = replace(plan, label_classes=pool.classes if job.client.labels else 0)
         if not layout.columns:  # an empty payload says nothing, again and again
             plan = replace(plan, checks=tuple(rule for rule in plan.checks if rule.name != "replayed"))
-        fields = (module, layout, plain_layout, plan, work, adversary, referee, chosen)
+        fields = (module, layout, plain_layout, plan, work, adversary, referee, devices, chosen)
         return cls(job, key, pool, data, validation, holdout, names, split.names, *fields)
 
     def trainer(self, backend: str | None = None, round: int = 1) -> Trainer:
@@ -199,11 +202,6 @@ class Federation:
         if self.layout.width == self.layout.columns:
             return None
         return self.layout.private(self.layout.flatten(self.module))
-
-    def speed(self, client: str) -> float:
-        """The speed of a client's device, 1 where the job declares none."""
-        speeds = self.job.train.speeds
-        return next((speed for pattern, speed in speeds.items() if fnmatch.fnmatchcase(client, pattern)), 1.0)
 
     @property
     def personal(self) -> bool:
@@ -326,6 +324,7 @@ def build_plan(job: Job) -> Plan:
         quarantine=None if job.quarantine.limit is None else Quarantine(job.quarantine.limit, job.quarantine.decay),
         work=build_work(job),
         population=1 if job.data.pooled else job.data.clients,
+        longest_wait=job.select.longest_wait,
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +18,12 @@ from fedkeel.round import coordinator as orders
 from fedkeel.round import device
 from fedkeel.round.coordinator import Command, Coordinator
 from fedkeel.round.server import Server
+from fedkeel.sim.clock import Outcome
 from fedkeel.sim.evaluation import Figures, measure
 from fedkeel.sim.federation import Federation
+from fedkeel.sim.flight import Base, Flight
 from fedkeel.train import Task, Trained, Trainer
 from fedkeel.train.pool import RAISED
-
-ROUND_SECONDS = 1.0
-"""Virtual seconds that a client's work takes, until devices differ."""
 
 
 class Recorder(Protocol):
@@ -36,17 +33,7 @@ class Recorder(Protocol):
 
     def metrics(self, round: int, version: int, figures: Sequence[Figures]) -> None: ...
 
-    def checkpoint(self, state: ServerState, memory: ClientMemory, now: float) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What reaches the server from a client: bytes, or a failure and why."""
-
-    client: str
-    task: int
-    data: bytes | None
-    why: str = ""
+    def checkpoint(self, state: ServerState, memory: ClientMemory, now: float, flight: Flight) -> None: ...
 
 
 class Simulator:
@@ -60,138 +47,183 @@ class Simulator:
         memory: ClientMemory,
         recorder: Recorder,
         now: float = 0.0,
+        flight: Flight | None = None,
     ) -> None:
         self.federation = federation
         self.trainer = trainer
         self.memory = memory
         self.recorder = recorder
-        record = federation.job.record
+        job, devices = federation.job, federation.devices
         self.server = Server(federation.plan, federation.layout, state, federation.key, federation.referee)
         self.coordinator = Coordinator(
             federation.plan,
             self.server,
             federation.names,
             federation.key,
-            rounds=federation.job.rounds,
-            evaluate_every=record.evaluate_every,
-            checkpoint_every=record.checkpoint_every,
+            rounds=job.rounds,
+            evaluate_every=job.record.evaluate_every,
+            checkpoint_every=job.record.checkpoint_every,
+            until=math.inf if job.schedule.seconds is None else job.schedule.seconds,
+            groups=devices.of,
+            presence=devices,
+            now=now,
         )
+        self._given = trainer
         self._index = {name: i for i, name in enumerate(federation.names)}
         self._private = federation.private()
         self._tuner = federation.tuner()
         self._lr = federation.work.at(1).lr
         self._labels = federation.label_shares(memory)
         self._now = now
-        self._events: list[tuple[float, int, int, _Outcome | None]] = []
-        self._ticks = itertools.count()
+        self._flight = flight or Flight()
+        self._begun = False
         self._seconds: dict[str, float] = {}
-        self._sent_down = 0
+        self._raised = 0
 
     def run(self) -> ServerState:
         """To the end. The clock is virtual: it jumps from event to event."""
-        given = self.trainer
-        pending: list[Command] | None = self.coordinator.start(self._now)
         try:
-            while pending is not None:
-                pending = self.advance(pending)
+            while not self.step():
+                pass
         finally:
-            if self.trainer is not given:  # that one is the caller's to close
-                self.trainer.close()
-        return self.server.snapshot()
+            self.close()
+        return self.coordinator.snapshot()
 
-    def advance(self, pending: list[Command]) -> list[Command] | None:
-        """Carry out what is pending and go on to what follows; None when the federation is over."""
-        starting = [c for c in pending if isinstance(c, orders.Train)]
-        if any(self._obey(c) for c in pending):
-            return None
-        following = self._work(starting) if starting else []
-        if not following:
-            self._now, *_, outcome = heapq.heappop(self._events)
-            following = self._deliver(outcome)
-        return following
+    def close(self) -> None:
+        """Let go of a trainer that was made on the way; the one that was given is the caller's to close."""
+        if self.trainer is not self._given:
+            self.trainer.close()
 
-    def _obey(self, command: Command) -> bool:
-        """Carry out a command other than Train; True when the federation is over."""
-        started = time.perf_counter()
-        match command:
-            case orders.Record(report):
-                self.recorder.round(replace(report, seconds=self._seconds, bytes_down=self._sent_down))
-                self._seconds, self._sent_down = {}, 0
-                self._spent("record", started)  # of the round before: its own row is written already
-            case orders.Evaluate(round, version):
-                figures = measure(self.federation, self.server.state.theta, self.memory, self._tuner)
-                self.recorder.metrics(round, version, figures)
-                self._spent("evaluate", started)
-            case orders.Checkpoint():
-                self.recorder.checkpoint(self.server.snapshot(), self.memory, self._now)
-                self._spent("record", started)
-            case orders.Wait(until):
-                self._expect(until, None)
-        return isinstance(command, orders.Done)
+    def step(self) -> bool:
+        """All that happens at the next moment; True when the federation is over."""
+        if not self._begun:  # a resumed run may stand in the middle of a moment
+            self._begun = True
+            return self._happen() or self._obey(self.coordinator.start(self._now))
+        self._now = self._flight.clock.next
+        if not math.isfinite(self._now):
+            raise RunError("nothing is under way, and the federation is not over: its scheduler waits for nobody")
+        return self._happen() or self._obey(self._timed(self.coordinator.on_tick, self._now))
 
-    def _work(self, starting: list[orders.Train]) -> list[Command]:
-        """Train all who start together, and return what the coordinator wants done about their answers.
+    def _happen(self) -> bool:
+        """Deliver what arrives at this moment; True when the federation is over."""
+        for event in self._flight.clock.due(self._now):
+            if isinstance(event, orders.Train):
+                if self._finish(event):
+                    return True
+            elif event is not None and self._deliver(event):
+                return True
+        return False
 
-        Where the scheduler waits for all, an answer that nothing on the clock comes before is delivered while the
-        others still train, and its bytes let go: at most the server's own matrix of rows is held.
+    def _obey(self, commands: Sequence[Command]) -> bool:
+        """Carry out commands, in order; True when the federation is over."""
+        given: list[orders.Train] = []
+        for command in commands:
+            started = time.perf_counter()
+            match command:
+                case orders.Train():
+                    given.append(command)
+                case orders.Record(report):
+                    self.recorder.round(replace(report, seconds=self._seconds))
+                    self._seconds = {}
+                    self._spent("record", started)  # of the round before: its own row is written already
+                case orders.Evaluate(round, version):
+                    figures = measure(self.federation, self.server.state.theta, self.memory, self._tuner)
+                    self.recorder.metrics(round, version, figures)
+                    self._spent("evaluate", started)
+                case orders.Checkpoint(_, state):
+                    self.recorder.checkpoint(state, self.memory, self._now, self._flight)
+                    self._spent("record", started)
+                case orders.Wait(until):
+                    self._flight.clock.expect(until, None)
+                case orders.Done():
+                    return True
+        self._begin(given)
+        return False
+
+    def _begin(self, given: Sequence[orders.Train]) -> None:
+        """Put work on the clock. Where its time depends on its steps, it is done now to know them."""
+        devices, state, sent = self.federation.devices, self.server.state, self.server.bytes_down
+        found: dict[int, tuple[Outcome, int]] = {}
+        if devices.by_steps and given:
+            found = {outcome.task: (outcome, steps) for outcome, steps in self._train(given, Base(state.theta, state.control))}
+        for order in given:
+            outcome, steps = found.get(order.task, (None, 0))
+            trip = devices.trip(order.client, order.task, self._now, sent, steps)
+            if trip.lost is not None:
+                lost = Outcome(order.client, order.task, None, "its device dropped out", lost=True)
+                self._flight.clock.expect(trip.lost, lost)
+            elif outcome is not None:
+                self._flight.keep(outcome)
+                self._flight.clock.expect(trip.ends, order)
+            else:
+                self._flight.give(order, trip.ends, state.theta, state.control)
+
+    def _finish(self, order: orders.Train) -> bool:
+        """A client's work ends: train it with all that started alike, and send what came of it.
+
+        Where the scheduler waits for all, and all are done at once, an answer is delivered while the others still
+        train, and its bytes let go: at most the server's own matrix of rows is held.
         """
-        arrival = self._now + ROUND_SECONDS
-        self._sent_down += self.server.bytes_down * len(starting)
-        eager = "waits_for_all" in self.federation.plan.schedule.definition.traits
-        wanted: list[Command] = []
-        started, before = time.perf_counter(), self._seconds.get("aggregate", 0.0)
-        for outcome in self._train(starting):
-            if wanted or not eager or (self._events and self._events[0][0] <= arrival):
-                self._expect(arrival, outcome)
-                continue
-            self._now = arrival
-            for command in self._deliver(outcome):
-                if isinstance(command, orders.Wait):
-                    self._expect(command.until, None)
-                else:
-                    wanted.append(command)
-        self._spent("train", started + self._seconds.get("aggregate", 0.0) - before)
-        return wanted
+        devices = self.federation.devices
+        if self._flight.waits(order):
+            eager = devices.level and "waits_for_all" in self.federation.plan.schedule.definition.traits
+            started, before = time.perf_counter(), self._seconds.get("aggregate", 0.0)
+            over = False
+            for outcome, _ in self._train(*self._flight.take(order)):
+                if not eager:
+                    self._flight.keep(outcome)
+                elif self._deliver(outcome):
+                    over = True
+                    break
+            self._spent("train", started + self._seconds.get("aggregate", 0.0) - before)
+            if over:
+                return True
+        found = self._flight.collect(order)
+        if found is None:
+            return False
+        outcome = found
+        if not devices.stays(order.client, self._now):
+            outcome = Outcome(order.client, order.task, None, "its device had left when its work was done", lost=True)
+        size = 0 if outcome.data is None else len(outcome.data)
+        self._flight.clock.expect(devices.arrival(order.client, self._now, size), outcome)
+        return False
 
-    def _expect(self, at: float, outcome: _Outcome | None) -> None:
-        """Put an event on the clock. At the same time, answers come before ticks, in the order of their tasks."""
-        rank = (1, next(self._ticks)) if outcome is None else (0, outcome.task)
-        heapq.heappush(self._events, (at, *rank, outcome))
+    def _deliver(self, outcome: Outcome) -> bool:
+        """Tell the coordinator what came of a task; True when the federation is over."""
+        client, task, data = outcome.client, outcome.task, outcome.data
+        if data is None:
+            stage = "transport" if outcome.lost else "train"
+            return self._obey(
+                self._timed(self.coordinator.on_failure, client, task, outcome.why, self._now, stage=stage, more=True)
+            )
+        return self._obey(self._timed(self.coordinator.on_message, client, data, self._now, intact=True, more=True))
 
-    def _deliver(self, outcome: _Outcome | None) -> list[Command]:
-        """Tell the coordinator what happened: an answer, a failure, or (None) that the time has come."""
+    def _timed(self, ask: Callable[..., list[Command]], *args: Any, **options: Any) -> list[Command]:
         started = time.perf_counter()
-        if outcome is None:
-            commands = self.coordinator.on_tick(self._now)
-        elif outcome.data is None:
-            commands = self.coordinator.on_failure(outcome.client, outcome.task, outcome.why, self._now, stage="train")
-        else:
-            commands = self.coordinator.on_message(outcome.client, outcome.data, self._now, intact=True)
+        commands = ask(*args, **options)
         self._spent("aggregate", started)
         return commands
 
-    def _train(self, starting: list[orders.Train]) -> Iterator[_Outcome]:
-        """Train all who start from the current version, and seal what each one sends."""
+    def _train(self, starting: Sequence[orders.Train], base: Base) -> Iterator[tuple[Outcome, int]]:
+        """Train all who start from the same version, and seal what each one sends; with the steps that it took."""
         federation, adversary = self.federation, self.federation.adversary
         by_index = {self._index[o.client]: o for o in starting}
-        keys = {o.client: federation.key.fold("client", o.round, o.client) for o in starting}
+        keys = {o.client: self._key(o) for o in starting}
         seen: list[Claims | None] = [None] * len(starting)
         rows = torch.empty(len(starting) if adversary.crafts_rows else 0, federation.layout.columns)
         slots = {o.client: i for i, o in enumerate(starting)}
-        broken = 0
         for order in starting:
             device.recall(order.client, order.settled, self.memory)
         tasks = [self._task(o.client, keys[o.client]) for o in starting]
-        control = self.server.state.control
-        self._tune(starting[0].round)
-        for done in self.trainer.train(self.server.state.theta, tasks, control):
+        round, control = starting[0].round, base.control
+        self._tune(round)
+        for done in self.trainer.train(base.theta, tasks, control):
             order = by_index[done.client]
             if done.failure is not None:
-                broken += done.failure.startswith(RAISED)
-                if broken == len(starting):
-                    raise RunError(f"every client of round {order.round} failed: {done.failure}")
-                yield _Outcome(order.client, order.task, None, done.failure)
+                self._count_failure(done.failure)
+                yield Outcome(order.client, order.task, None, done.failure), 0
                 continue
+            self._raised = 0
             if done.private is not None:
                 self.memory.keep(order.client, {"private": done.private})
             claims = adversary.claim(self._claims(order, done))
@@ -201,12 +233,23 @@ class Simulator:
             else:
                 row, key = done.delta[None], keys[order.client]
                 plan, layout = federation.plan, federation.layout
-                sealed = device.prepare(row, [key], [claims], self.memory, plan, layout, control, order.round)
-                yield _Outcome(order.client, order.task, sealed[0])
+                sealed = device.prepare(row, [key], [claims], self.memory, plan, layout, control, round)
+                yield Outcome(order.client, order.task, sealed[0]), done.steps
         if adversary.crafts_rows:
             kept = [slot for slot, claims in enumerate(seen) if claims is not None]
             rows = rows if len(kept) == len(rows) else rows[kept]
-            yield from self._crafted(rows, [c for c in seen if c is not None], keys, starting[0].round, control)
+            yield from self._crafted(rows, [c for c in seen if c is not None], keys, round, control)
+
+    def _key(self, order: orders.Train) -> Key:
+        """A client's key of its work: its first of a round, or a later one."""
+        key = self.federation.key.fold("client", order.round, order.client)
+        return key.fold("turn", order.turn) if order.turn else key
+
+    def _count_failure(self, why: str) -> None:
+        """End the run when as many as a cohort have raised, one after another, and nobody got through."""
+        self._raised += why.startswith(RAISED)
+        if self._raised >= self.federation.plan.cohort:
+            raise RunError(f"the last {self._raised} clients failed, one after another: {why}")
 
     def _tune(self, round: int) -> None:
         """Train at the round's learning rate: a step is recorded with its rate in it, so it is recorded anew."""
@@ -224,7 +267,7 @@ class Simulator:
         keys: dict[str, Key],
         round: int,
         control: Mapping[str, Tensor],
-    ) -> Iterator[_Outcome]:
+    ) -> Iterator[tuple[Outcome, int]]:
         """An attacker that sees everyone's rows (n, P): transform them all, replace the hostile ones, and seal."""
         federation = self.federation
         clients = [c.client for c in claims]
@@ -234,14 +277,14 @@ class Simulator:
         rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
             sealed = device.encode(rows[i : i + 1], [row_keys[i]], [claim], federation.plan)
-            yield _Outcome(claim.client, claim.task, sealed[0])
+            yield Outcome(claim.client, claim.task, sealed[0]), claim.steps
 
     def _task(self, client: str, key: Key) -> Task:
         memory = self.memory.of(client)
         kept = {r.name: memory.get(device.CORRECTION + r.name) for r in self.federation.work.corrections}
         known = {name: vector for name, vector in kept.items() if vector is not None}
         own = memory.get("private", self._private)
-        return Task(self._index[client], key, own, known, self.federation.speed(client))
+        return Task(self._index[client], key, own, known, self.federation.devices.speed(client))
 
     def _claims(self, order: orders.Train, done: Trained) -> Claims:
         digest = self.federation.layout.digest

@@ -15,6 +15,7 @@ from fedkeel.testing import (
     reducers,
     row_transforms,
     screens,
+    selectors,
     server_optimisers,
     weighers,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "same",
     "sample",
     "screens",
+    "selectors",
     "server_optimisers",
     "weighers",
 ]

@@ -19,9 +19,10 @@ def _sizes(rule: Rule) -> list[tuple[int, int]]:
 
 
 def mixed(rule: Rule, U: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The rule on rows whose clients all took five steps, if it asks."""
+    """The rule on rows whose clients all took five steps, and began with the model as it is, if it asks."""
     steps = torch.full((len(w),), 5.0, dtype=torch.float64)
-    told = (steps, slice(0, U.shape[1])) if "by_steps" in rule.definition.traits else ()
+    told: tuple[object, ...] = (steps, slice(0, U.shape[1])) if "by_steps" in rule.definition.traits else ()
+    told += ((torch.zeros_like(U[0]),) * len(w),) if "looks_back" in rule.definition.traits else ()
     found: tuple[Tensor, Tensor] = repeatable(rule, U, w, KEY, *told)
     return found
 

@@ -1,0 +1,138 @@
+"""The roster: who there is, and what the server knows of each, in arrays with one place a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkeel.core.errors import InputError
+
+Floats = NDArray[np.float32]
+Whole = NDArray[np.int64]
+
+
+class Roster:
+    """Clients sorted by id, their device groups, and what they have done so far. One place in each array a client.
+
+    selected: how often each was given work; last: in which round, 0 for never. loss, examples, seconds: what its latest
+    admitted answer claimed, and how long it took by the federation's clock; NaN before the first. busy: it is at work.
+    """
+
+    def __init__(
+        self, names: Sequence[str], groups: Mapping[str, str] | None = None, known: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """`groups` names each client's group, `known` is what `state` gave."""
+        self.names = tuple(sorted(names))
+        self.index = {name: i for i, name in enumerate(self.names)}
+        if len(self.index) != len(names):
+            raise InputError(f"{len(names)} clients have {len(self.index)} different ids: give each its own")
+        self.groups = tuple(sorted(set(groups.values()))) if groups else ("all",)
+        place = {group: i for i, group in enumerate(self.groups)}
+        count = len(self.names)
+        self.group = np.zeros(count, np.int16)
+        if groups:
+            self.group[:] = [place[groups[name]] for name in self.names]
+        self.sizes = np.bincount(self.group, minlength=len(self.groups))
+        self.busy = np.zeros(count, bool)
+        self.selected, self.last = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        self.loss, self.examples, self.seconds = (np.full(count, np.nan, np.float32) for _ in range(3))
+        for name, values in (known or {}).items():
+            getattr(self, name)[:] = values.numpy()
+        self.given = np.bincount(self.group, self.selected, len(self.groups)).astype(np.int64)
+
+    def select(self, place: int, round: int) -> None:
+        """A client is given work."""
+        self.busy[place] = True
+        self.selected[place] += 1
+        self.last[place] = round
+        self.given[self.group[place]] += 1
+
+    def answered(self, place: int, seconds: float, examples: float, loss: float) -> None:
+        """A client's answer was let in."""
+        self.seconds[place], self.examples[place], self.loss[place] = seconds, examples, loss
+
+    def state(self) -> dict[str, Tensor]:
+        """What to keep: copies."""
+        return {
+            name: torch.from_numpy(getattr(self, name).copy())
+            for name in ("selected", "last", "loss", "examples", "seconds")
+        }
+
+    def overdue(self, free: Whole, round: int, rows: int, longest: int) -> Whole:
+        """Those of the free clients who must be given work now if nobody is to wait for more than `longest` rounds.
+
+        Earliest deadline first: as few as leave the deadlines of all others within reach of `rows` clients a round.
+        """
+        due = self.last[free].astype(np.int64) + longest
+        order = np.argsort(due, kind="stable")
+        behind = np.arange(1, len(free) + 1) - rows * np.maximum(due[order] - round, 0)
+        return free[order[: max(0, int(behind.max(initial=0)))]]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The clients that may be given work now, sorted by id: what a selector chooses from, by position.
+
+    Arrays (n,): `group` indexes `groups`, the classes of devices; `loss`, `examples`, `seconds` are of the client's latest
+    admitted answer, NaN before it; `selected` counts how often it was given work, `last` is the round of the latest, 0
+    for never. `sizes` and `given` (groups,) count all clients of each group, and the work that they were given.
+    """
+
+    roster: Roster
+    rows: Whole
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def group(self) -> NDArray[np.int16]:
+        return self.roster.group[self.rows]
+
+    @property
+    def loss(self) -> Floats:
+        return self.roster.loss[self.rows]
+
+    @property
+    def examples(self) -> Floats:
+        return self.roster.examples[self.rows]
+
+    @property
+    def seconds(self) -> Floats:
+        return self.roster.seconds[self.rows]
+
+    @property
+    def selected(self) -> NDArray[np.int32]:
+        return self.roster.selected[self.rows]
+
+    @property
+    def last(self) -> NDArray[np.int32]:
+        return self.roster.last[self.rows]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self.roster.groups
+
+    @property
+    def sizes(self) -> Whole:
+        return self.roster.sizes
+
+    @property
+    def given(self) -> Whole:
+        return self.roster.given
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.roster.names[i] for i in self.rows.tolist())
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Candidates:
+        """Clients of whom nothing is known yet."""
+        roster = Roster(names)
+        return cls(roster, np.arange(len(roster.names)))
+

@@ -1,0 +1,156 @@
+"""Devices: how long a client's work and its messages take, when it is there, and when it drops out, in virtual time."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from fedkeel.config import DeviceClass, Job
+from fedkeel.core.errors import InputError
+from fedkeel.core.keys import Key
+from fedkeel.core.registry import parse
+from fedkeel.sim.availability import Availability, Mask
+
+REFERENCE = {"A": 1.0, "B": 2.3, "C": 5.7}
+"""The built-in classes: the relative time that a round's local work takes."""
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """What becomes of a task: `ends` is when the work is done, or `lost` when the server learns that it never will be."""
+
+    ends: float
+    lost: float | None = None
+
+
+class Devices:
+    """The devices of all clients. What is drawn for a task depends on its number alone.
+
+    A task takes latency + bytes / down, then time * (round_seconds + step_seconds * steps) * jitter, then
+    latency + bytes / up.
+    """
+
+    def __init__(self, job: Job, names: Sequence[str], key: Key) -> None:
+        """Names as the roster has them, sorted. Raises `InputError` for classes that do not fit."""
+        section = job.devices
+        self._section = section
+        self._key = key.fold("trip")
+        self.classes = _classes(section.profile, section.classes)
+        self._place = {name: i for i, name in enumerate(names)}
+        kinds = list(self.classes)
+        self._class = _assigned(self.classes, names, key.fold("classes"))
+        self.of = {name: kinds[self._class[i]] for name, i in self._place.items()} if len(kinds) > 1 else {}
+        self._kinds = tuple(self.classes.values())
+        self._presence = [
+            (members, self._availability(kind, [names[i] for i in members.tolist()], key.fold("available", name)))
+            for at, (name, kind) in enumerate(self.classes.items())
+            if len(members := np.flatnonzero(self._class == at))
+        ]
+        self.leave = any(kind.available != "always" for kind in self._kinds)
+        self._mask, self._from, self._until = np.ones(len(names), bool), -math.inf, -math.inf
+        plain = all((k.up, k.down, k.dropout, k.time) == (None, None, 0, self._kinds[0].time) for k in self._kinds)
+        self.level = plain and not (section.jitter or section.latency or self.leave or section.step_seconds)
+        """Whether every task takes the same time, whatever is sent."""
+
+    def _availability(self, kind: DeviceClass, names: Sequence[str], key: Key) -> Availability:
+        try:
+            found: Availability = parse("availability", kind.available)(names, key)
+        except InputError as error:
+            raise InputError(f"devices.classes: {error}") from None
+        return found
+
+    def kind(self, client: str) -> DeviceClass:
+        """The class of a client's device."""
+        found: DeviceClass = self._kinds[self._class[self._place[client]]]
+        return found
+
+    def speed(self, client: str) -> float:
+        """Local work in a time, relative to a device of time 1."""
+        return 1 / self.kind(client).time
+
+    # -- presence, as the coordinator asks for it
+
+    def here(self, now: float) -> Mask | None:
+        if not self.leave:
+            return None
+        if not self._from <= now < self._until:
+            self._from, self._until, self._mask = now, math.inf, np.zeros(len(self._class), bool)
+            for members, at in self._presence:
+                self._mask[members], change = at(now)
+                self._until = min(self._until, change)
+        return self._mask
+
+    def next_change(self, now: float) -> float:
+        self.here(now)
+        return self._until if self.leave else math.inf
+
+    def stays(self, client: str, now: float) -> bool:
+        """Whether the client is there."""
+        here = self.here(now)
+        return here is None or bool(here[self._place[client]])
+
+    # -- a task's way
+
+    def trip(self, client: str, task: int, now: float, bytes_down: int, steps: int = 0) -> Trip:
+        """When a task that is given out now will be done; steps only count where they take time."""
+        kind, section, key = self.kind(client), self._section, self._key
+        work = kind.time * (section.round_seconds + section.step_seconds * steps)
+        if section.jitter:
+            work *= math.exp(section.jitter * _NORMAL.inv_cdf(_uniform(key.fold(task, "jitter"))))
+        began = now + section.latency + (bytes_down / kind.down if kind.down else 0.0)
+        if kind.dropout and _uniform(key.fold(task, "dropout")) < kind.dropout:
+            return Trip(math.inf, began + work * _uniform(key.fold(task, "moment")) + section.notice)
+        return Trip(began + work)
+
+    def arrival(self, client: str, done: float, size: int) -> float:
+        """When an answer of so many bytes is at the server."""
+        up = self.kind(client).up
+        return done + self._section.latency + (size / up if up else 0.0)
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether the time of a task is known only when its steps are."""
+        return self._section.step_seconds > 0
+
+
+def _uniform(key: Key) -> float:
+    """In (0, 1)."""
+    return (key.value + 0.5) / 2.0**64
+
+
+def _classes(profile: str, own: Mapping[str, DeviceClass]) -> dict[str, DeviceClass]:
+    if own:
+        return dict(own)
+    if profile == "reference":
+        return {name: DeviceClass(time=time) for name, time in REFERENCE.items()}
+    return {"all": DeviceClass()}
+
+
+def _assigned(classes: Mapping[str, DeviceClass], names: Sequence[str], key: Key) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
+    """The class of each client: by pattern, the first that fits; the rest by shares, as even as they go, at random."""
+    found = np.full(len(names), -1, np.int16)
+    for at, (name, kind) in enumerate(classes.items()):
+        if kind.clients is not None:
+            mine = [i for i, client in enumerate(names) if fnmatch.fnmatchcase(client, kind.clients)]
+            if not mine:
+                raise InputError(
+                    f"devices.classes.{name}.clients = '{kind.clients}' matches no client: their names are as '{names[0]}'"
+                )
+            found[[i for i in mine if found[i] < 0]] = at
+    rest = np.flatnonzero(found < 0)
+    shared = [(at, kind.share) for at, kind in enumerate(classes.values()) if kind.clients is None]
+    if len(rest) and not shared:
+        raise InputError(
+            f"client '{names[rest[0]]}' is in none of devices.classes: add a class without a pattern, for all others"
+        )
+    if len(rest):
+        places, shares = np.array([at for at, _ in shared]), np.array([share for _, share in shared])
+        ends = np.rint(np.cumsum(shares) / shares.sum() * len(rest)).astype(int)
+        found[rest[key.numpy().permutation(len(rest))]] = np.repeat(places, np.diff(ends, prepend=0))
+    return found
