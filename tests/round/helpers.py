@@ -45,8 +45,10 @@ def make_server(plan: Plan, layout: Layout | None = None) -> Server:
     return Server(plan, layout, ServerState(torch.zeros(layout.columns)), Key.root(0))
 
 
-def make_coordinator(plan: Plan, clients: Sequence[str], rounds: int = 3, layout: Layout | None = None) -> Coordinator:
-    return Coordinator(plan, make_server(plan, layout), clients, Key.root(0), rounds=rounds)
+def make_coordinator(
+    plan: Plan, clients: Sequence[str], rounds: int = 3, layout: Layout | None = None, **extra: Any
+) -> Coordinator:
+    return Coordinator(plan, make_server(plan, layout), clients, Key.root(0), rounds=rounds, **extra)
 
 
 def answer(

@@ -94,7 +94,8 @@ class View(NamedTuple):
     """What a scheduler sees of the buffer that is open: counts of clients, and the clock in seconds.
 
     `cohort` is the job's, `started` how many were given work since the buffer was opened. `in_flight` counts those who
-    work, `earlier` those of them who began before it was opened. `received` updates lie in it.
+    work, `earlier` those of them who began before it was opened. `received` updates lie in it, `lost` tasks have ended
+    without one since.
     """
 
     cohort: int
@@ -102,6 +103,7 @@ class View(NamedTuple):
     in_flight: int
     earlier: int
     received: int
+    lost: int
     opened: float
     now: float
 

@@ -124,7 +124,7 @@ class Coordinator:
         self._earlier = set(self._in_flight)
         self._resting: list[int] = []
         self._turns: Counter[str] = Counter()
-        self._started = 0
+        self._started = self._lost = 0
         self._opened = now
         self._over = False
 
@@ -145,6 +145,7 @@ class Coordinator:
         refusal = self.server.offer(client, data, now, intact=intact)
         if client in self._in_flight and not self.server.awaits(client):
             order = self._ended(client, rest=refusal is None and self.plan.one_at_a_time)
+            self._lost += refusal is not None
             if refusal is None:
                 claims = self.server.newest
                 loss = claims.metrics.get("loss", math.nan)
@@ -179,6 +180,7 @@ class Coordinator:
 
     def _abandon(self, client: str, refusal: Refusal, now: float) -> None:
         self._ended(client)
+        self._lost += 1
         self.server.give_up(client, refusal, now)
 
     def _advance(self, now: float, more: bool = False) -> list[Command]:
@@ -215,9 +217,8 @@ class Coordinator:
                 raise RunError(f"scheduler '{self.plan.schedule!r}' neither starts, closes nor waits: no round can end")
 
     def _view(self, now: float) -> View:
-        received = self.server.received
-        counts = (self.plan.cohort, self._started, len(self._in_flight), len(self._earlier), received)
-        return View(*counts, self._opened, now)
+        counts = (self.plan.cohort, self._started, len(self._in_flight), len(self._earlier))
+        return View(*counts, self.server.received, self._lost, self._opened, now)
 
     def _change(self, now: float) -> float:
         """When somebody comes or goes."""
@@ -280,7 +281,7 @@ class Coordinator:
         self._resting.clear()
         self._turns.clear()
         self._earlier = set(self._in_flight)
-        self._started = 0
+        self._started = self._lost = 0
         self._opened = now
         done = self.server.state.round
         commands: list[Command] = []

@@ -16,6 +16,8 @@ from pydantic import Field
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Decision, View
 
+_MOST_LOST = 10
+"""Of each update that a buffer waits for, tasks that may be lost."""
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -80,10 +82,14 @@ def fedbuff(view: View, *, buffer: Count = 10, max_staleness: Count = 100) -> De
     """Buffered asynchronous rounds (FedBuff, Nguyen et al. 2022): close whenever `buffer` updates have come.
 
     As many clients as the cohort are at work all the time: who answers is replaced at once. Put
-    `staleness` among the weighers. Updates more than `max_staleness` models behind are refused.
+    `staleness` among the weighers. Updates more than `max_staleness` models behind are refused. When ten tasks for each
+    place of the buffer were lost it closes with what it has.
     """
     if view.received >= buffer:
         return Decision(close=True)
+    if view.lost >= _MOST_LOST * buffer:
+        why = f"{view.lost} tasks, one after another, gave no usable update"
+        return Decision(close=True, skip=None if view.received else why)
     return Decision(start=max(0, view.cohort - view.in_flight))
 
 
