@@ -50,9 +50,7 @@ def main() -> None:
         return torch_model(timed.model, timed.seed)
 
     @fedkeel.rule("selector")
-    def peers_cohorts(
-        candidates: fedkeel.Candidates, count: int, round: int, key: fedkeel.Key
-    ) -> Sequence[int]:
+    def peers_cohorts(candidates: fedkeel.Candidates, count: int, round: int, key: fedkeel.Key) -> Sequence[int]:
         """The clients that every peer trains in this round."""
         return [int(i) for i in arrays["cohorts"][round - 1]]
 

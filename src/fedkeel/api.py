@@ -243,9 +243,7 @@ class _Record:
         self.ledger.sync()  # a checkpoint must never be newer than the ledger, even after a power cut
         under_way, attached = flight.state()
         extra = {"time": now, "flight": under_way}
-        checkpoint.save(
-            self.directory.checkpoints, state, memory, extra, attached=attached, layout_digest=digest
-        )
+        checkpoint.save(self.directory.checkpoints, state, memory, extra, attached=attached, layout_digest=digest)
         checkpoint.prune(self.directory.checkpoints)
 
 

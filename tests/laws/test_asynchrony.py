@@ -195,9 +195,7 @@ def test_asynchronous_rounds_are_those_of_the_papers(oracle, schedule, sections)
     given = {"devices": classes(), "select": {"rule": "round_robin"}, **sections, "aggregate": aggregate}
     theta, reports = simulate(closes, schedule, **given)
     wanted, used, when = oracle.run(closes)
-    found = [
-        [(int(c.client[1:]), c.staleness) for c in report.clients if c.refusal is None] for report in reports
-    ]
+    found = [[(int(c.client[1:]), c.staleness) for c in report.clients if c.refusal is None] for report in reports]
     assert [sorted(f) for f in found] == [sorted(u) for u in used]
     assert [report.time for report in reports] == pytest.approx(when)
     assert theta == pytest.approx(wanted, rel=1e-5, abs=1e-6)

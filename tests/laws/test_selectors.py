@@ -117,9 +117,7 @@ def test_oort_explores_then_prefers_useful_and_fast_clients() -> None:
         roster.select(place, 1)
         roster.answered(place, 10.0 if place < 10 else 1.0, 10.0, 0.01 if place < 20 else 2.0)
     who = Candidates(roster, np.arange(60))
-    early, late = (
-        [build("selector", "oort")(who, 10, r, Key.root(k)) for k in range(60)] for r in (1, 500)
-    )
+    early, late = ([build("selector", "oort")(who, 10, r, Key.root(k)) for k in range(60)] for r in (1, 500))
     assert 0.83 < np.mean([(c >= 30).mean() for c in early]) < 0.93  # 0.9 * 0.98 of the places
     assert 0.15 < np.mean([(c >= 30).mean() for c in late]) < 0.25
     exploited = np.concatenate([c[c < 30] for c in late])
@@ -129,9 +127,7 @@ def test_oort_explores_then_prefers_useful_and_fast_clients() -> None:
     assert (slow(who, 10, 500, Key.root(0)) >= 10).all(), "slow devices are held back"
 
 
-@given(
-    clients=st.integers(1, 30), rows=st.integers(1, 8), spare=st.integers(0, 3), seed=st.integers(0, 99)
-)
+@given(clients=st.integers(1, 30), rows=st.integers(1, 8), spare=st.integers(0, 3), seed=st.integers(0, 99))
 @settings(max_examples=80, deadline=None)
 def test_nobody_waits_longer_than_the_bound(clients: int, rows: int, spare: int, seed: int) -> None:
     """Whatever the selector wants for the places that are left."""

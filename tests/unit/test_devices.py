@@ -31,7 +31,9 @@ def job(**sections) -> Job:
         "devices": {"profile": "reference"},
         "record": {"checkpoint_every": 2},
     }
-    return Job(**{**values, **{k: {**values.get(k, {}), **v} if isinstance(v, dict) else v for k, v in sections.items()}})
+    return Job(
+        **{**values, **{k: {**values.get(k, {}), **v} if isinstance(v, dict) else v for k, v in sections.items()}}
+    )
 
 
 def test_reference_classes_come_in_equal_parts_with_their_times():
@@ -145,12 +147,16 @@ def test_a_trace_that_can_not_be_followed_is_refused_with_its_line(tmp_path, tex
 
 
 def test_a_federation_waits_for_devices_and_loses_those_that_leave(tmp_path):
-    """All are there in the first hour of each day alone, and a round's work takes 40 minutes: one round a day comes to its end."""
+    """All are there in the first hour of each day alone, and a round's work takes 40 minutes: one a day ends."""
     classes = {"phone": {"available": "daily(hours=1.0, spread=0.000001)"}}
-    done = fedkeel.run(job(rounds=3, devices={"profile": "equal", "classes": classes, "round_seconds": 2400.0}), tmp_path / "a")
+    done = fedkeel.run(
+        job(rounds=3, devices={"profile": "equal", "classes": classes, "round_seconds": 2400.0}), tmp_path / "a"
+    )
     assert [row["time"] for row in done.rounds] == pytest.approx([2400.0, 4800.0, 86400 + 2400.0], abs=1)
     assert [row["skipped"] is None for row in done.rounds] == [True, False, True]  # they left during the second
-    late = fedkeel.run(job(rounds=2, devices={"profile": "equal", "classes": classes, "round_seconds": 4000.0}), tmp_path / "b")
+    late = fedkeel.run(
+        job(rounds=2, devices={"profile": "equal", "classes": classes, "round_seconds": 4000.0}), tmp_path / "b"
+    )
     assert {row["reason"] for row in late.updates} == {"its device had left when its work was done"}
 
 
@@ -158,7 +164,8 @@ def test_a_federation_that_nobody_will_join_ends_all_the_same(tmp_path):
     file = tmp_path / "trace.csv"
     file.write_text("".join(f"client-{i:02d},0,3\n" for i in range(12)))
     done = fedkeel.run(
-        job(rounds=5, devices={"profile": "equal", "classes": {"a": {"available": f"trace(file='{file}')"}}}), tmp_path / "a"
+        job(rounds=5, devices={"profile": "equal", "classes": {"a": {"available": f"trace(file='{file}')"}}}),
+        tmp_path / "a",
     )
     assert [row["skipped"] is None for row in done.rounds] == [True, True, False, False, False]
     assert [row["skipped"] for row in done.rounds][3:] == ["no client is free, and none will be"] * 2
@@ -186,7 +193,11 @@ def test_a_federation_that_nobody_will_join_ends_all_the_same(tmp_path):
             "aggregate": {"weigh": ("examples", "staleness", "even_share")},
             "select": {"cohort": 6, "longest_wait": 6},
         },
-        {"schedule": {"rule": "fedbuff(buffer=3)"}, "attack": {"rule": "alie", "clients": 3}, "model": {"private": ("*.bias",)}},
+        {
+            "schedule": {"rule": "fedbuff(buffer=3)"},
+            "attack": {"rule": "alie", "clients": 3},
+            "model": {"private": ("*.bias",)},
+        },
     ],
 )
 def test_an_interrupted_asynchronous_run_resumes_bit_for_bit(tmp_path, sections):
@@ -205,7 +216,9 @@ def test_an_interrupted_asynchronous_run_resumes_bit_for_bit(tmp_path, sections)
     assert [{k: v for k, v in r.items() if k not in ("seconds", "wall")} for r in resumed.rounds] == [
         {k: v for k, v in r.items() if k not in ("seconds", "wall")} for r in whole.rounds
     ]
-    assert all(torch.equal(a.nan_to_num(-1), whole.state.roster[n].nan_to_num(-1)) for n, a in resumed.state.roster.items())
+    assert all(
+        torch.equal(a.nan_to_num(-1), whole.state.roster[n].nan_to_num(-1)) for n, a in resumed.state.roster.items()
+    )
 
 
 def test_every_task_and_byte_is_in_the_ledger(tmp_path):

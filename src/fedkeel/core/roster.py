@@ -79,9 +79,10 @@ class Roster:
 class Candidates:
     """The clients that may be given work now, sorted by id: what a selector chooses from, by position.
 
-    Arrays (n,): `group` indexes `groups`, the classes of devices; `loss`, `examples`, `seconds` are of the client's latest
-    admitted answer, NaN before it; `selected` counts how often it was given work, `last` is the round of the latest, 0
-    for never. `sizes` and `given` (groups,) count all clients of each group, and the work that they were given.
+    Arrays (n,): `group` indexes `groups`, the classes of devices; `loss`, `examples`, `seconds` are of the client's
+    latest admitted answer, NaN before it; `selected` counts how often it was given work, `last` is the round of the
+    latest, 0 for never. `sizes` and `given` (groups,) count all clients of each group, and the work that they were
+    given.
     """
 
     roster: Roster
@@ -135,4 +136,3 @@ class Candidates:
         """Clients of whom nothing is known yet."""
         roster = Roster(names)
         return cls(roster, np.arange(len(roster.names)))
-

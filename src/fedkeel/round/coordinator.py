@@ -89,9 +89,9 @@ class Presence(Protocol):
 class Coordinator:
     """Gives out work, lets answers in, closes rounds when its scheduler says so, for `rounds` rounds.
 
-    `now` is the caller's clock in seconds and never runs backwards; at `until` the last round closes, if not before. Every
-    method returns the commands to carry out, in order. A skipped round counts, so the run always ends; a message after the end
-    changes nothing. A server whose state has work in flight goes on with it.
+    `now` is the caller's clock in seconds and never runs backwards; at `until` the last round closes, if not before.
+    Every method returns the commands to carry out, in order. A skipped round counts, so the run always ends; a message
+    after the end changes nothing. A server whose state has work in flight goes on with it.
     """
 
     def __init__(

@@ -46,7 +46,11 @@ class Plan:
         if self.cohort < 1:
             raise InputError(f"select.cohort = {self.cohort}: at least one client must take part in a round")
         self._check_schedule()
-        where = f"select.cohort is {self.cohort}" if self.rows == self.cohort else f"'{self.schedule!r}' closes with {self.rows}"
+        where = (
+            f"select.cohort is {self.cohort}"
+            if self.rows == self.cohort
+            else f"'{self.schedule!r}' closes with {self.rows}"
+        )
         for rule in (*self.screens, *self.weighers, *self.mixers, self.reducer):
             if rule.needs > self.rows:
                 raise InputError(

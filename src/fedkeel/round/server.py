@@ -33,13 +33,13 @@ from fedkeel.core.work import LocalWork
 from fedkeel.kernels import distance
 from fedkeel.round import wire
 from fedkeel.round.aggregate import Outcome, aggregate, per_step_, reduced, scale_of, sum_of
+from fedkeel.round.controls import first_control, next_control
+from fedkeel.round.minutes import Minutes, described
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
 
 _log = logging.getLogger("fedkeel")
-MESSAGES_KEPT = 8
-"""Refused messages of one client that a round keeps in words; of more only the number is kept."""
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Server:
         self._key = key
         self.layout = layout
         opt = state.opt or plan.optimiser.init(state.theta[layout.params])
-        self.state = state.replace(opt=opt, control=state.control or _first_control(plan, layout))
+        self.state = state.replace(opt=opt, control=state.control or first_control(plan, layout))
         self._codec, self._codec_name = plan.codec(), repr(plan.codec)
         self._header_checks = [c for c in plan.checks if "header" in c.definition.traits]
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
@@ -87,8 +87,7 @@ class Server:
         self._sent = 0
         self._answered: set[int] = set()
         self._admitted: list[_Admitted] = []
-        self._refused: list[ClientRow] = []
-        self._messages: dict[str, tuple[int, int]] = {}
+        self._minutes = Minutes(plan.cohort)
         self._last_payload: dict[str, str] = dict(state.trust.get("last_payload", {}))
         self._book = Book(plan.quarantine, state.trust.get("offences", {}))
         self._left_out: dict[str, Refusal] = {}
@@ -142,8 +141,7 @@ class Server:
     def give_up(self, client: str, refusal: Refusal, now: float) -> None:
         """The client's task will have no answer: it failed, or was lost."""
         if (order := self._take(client)) is not None:
-            row = ClientRow(client, refusal, bytes_down=order.bytes_down, seconds=now - order.since)
-            self._refused.append(row)
+            self._minutes.given_up(order, refusal, now)
             self._fold()
 
     def awaits(self, client: str) -> bool:
@@ -195,7 +193,7 @@ class Server:
         if update is None or update.claims.task == self._outstanding.get(client):
             ended = self._take(client)
             self._fold()
-        self._refuse(client, len(data), update, refusal, ended, now)
+        self._minutes.refused(client, len(data), update, refusal, ended, now, self.awaits(client))
         return refusal
 
     def _decode(self, sealed: wire.Sealed, intact: bool) -> Tensor:
@@ -247,22 +245,6 @@ class Server:
     def _fold(self) -> None:
         if self._streams:
             self._sum.fold(min(self._outstanding.values(), default=math.inf))
-
-    def _refuse(
-        self, client: str, size: int, update: Update | None, refusal: Refusal, ended: InFlight | None, now: float
-    ) -> None:
-        count, more = self._messages.get(client, (0, 0))
-        over = count >= MESSAGES_KEPT or len(self._refused) >= MESSAGES_KEPT * (self.plan.cohort + MESSAGES_KEPT)
-        if count == 0 and over and not self.awaits(client):
-            client = "(others)"  # senders beyond counting: one line for all
-            count, more = self._messages.get(client, (0, 0))
-        self._messages[client] = (count + 1, more + size if over else 0)
-        if over:
-            return
-        row = ClientRow(client, refusal, bytes_up=size) if update is None else _described(update)
-        if ended is not None:
-            row = replace(row, bytes_down=ended.bytes_down, seconds=now - ended.since)
-        self._refused.append(replace(row, client=client, refusal=refusal))
 
     # -- the close
 
@@ -390,14 +372,7 @@ class Server:
         losses = [claims.metrics["loss"] for claims in used if "loss" in claims.metrics]
         loss = statistics.median(losses) if losses else math.nan
         closed = Closed(outcome.direction, self._share(outcome), loss, cache(lambda: self._per_step(outcome)))
-        control = dict(self.state.control)
-        for rule in self._told:
-            hook = rule.hook("control")
-            assert hook is not None
-            was, control[rule.name] = control[rule.name], hook(control[rule.name], closed)
-            finite = "dial" in rule.definition.traits or math.isfinite(distance.sq_norm(control[rule.name]))
-            if control[rule.name].shape != was.shape or not finite:
-                raise CohortError(f"what correction '{rule!r}' would send is not finite, or has changed its shape")
+        control = next_control(self._told, self.state.control, closed)
         self.state = self.state.replace(control=control)
 
     def _per_step(self, outcome: Outcome) -> Tensor:
@@ -425,7 +400,7 @@ class Server:
     ) -> tuple[ClientRow, ...]:
         rows = []
         for i, admitted in enumerate(self._admitted):
-            row = _described(admitted.update)
+            row = described(admitted.update)
             weight = 0.0 if skip else outcome.weights.get(i, 0.0)
             rows.append(
                 replace(
@@ -440,54 +415,23 @@ class Server:
                     seconds=admitted.seconds,
                 )
             )
-        for client, (count, size) in self._messages.items():
-            kept = 0 if client == "(others)" else MESSAGES_KEPT
-            if count > kept:
-                flood = Refusal("check", "flood", f"{count - kept} more refused messages")
-                self._refused.append(ClientRow(client, flood, bytes_up=size))
         left_out = [ClientRow(client, refusal) for client, refusal in self._left_out.items()]
-        return (*rows, *self._refused, *left_out)
+        return (*rows, *self._minutes.lines(), *left_out)
 
     def _next_buffer(self) -> None:
         for admitted in self._admitted:
             self._last_payload[admitted.update.claims.client] = admitted.update.payload_digest.hex()
         self.state = self.state.replace(round=self.state.round + 1)
         self._admitted.clear()
-        self._refused.clear()
         self._left_out = {}
         self._asked = set(self._outstanding)
         self._sent = 0
         out = {order.version for order in self._given.values()}
         self._bases = {version: theta for version, theta in self._bases.items() if version in out}
-        self._messages.clear()
+        self._minutes.clear()
         self._answered.clear()
         self._store.clear(self.state.next_task)
         self._sum.clear()
-
-
-def _first_control(plan: Plan, layout: Layout) -> dict[str, Tensor]:
-    """What corrections send in the first round: zero vectors (P,), and dials as they say."""
-    found = {}
-    for rule in plan.corrections:
-        if "dial" in rule.definition.traits:
-            found[rule.name] = rule.init()
-        elif "control" in rule.definition.traits:
-            found[rule.name] = torch.zeros(layout.columns)
-    return found
-
-
-def _described(update: Update) -> ClientRow:
-    claims = update.claims
-    return ClientRow(
-        claims.client,
-        None,
-        norm=update.norm if update.delta is not None and math.isfinite(update.norm) else None,
-        variance=update.variance if update.delta is not None and math.isfinite(update.variance) else None,
-        num_examples=claims.num_examples,
-        steps=claims.steps,
-        bytes_up=update.bytes_up,
-        metrics=claims.metrics,
-    )
 
 
 def _first_refusal(checks: Sequence[Rule], update: Update, door: Door) -> Refusal | None:

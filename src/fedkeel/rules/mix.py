@@ -142,9 +142,9 @@ def fednova(U: Tensor, w: Tensor, key: Key, tau: Tensor, params: slice) -> tuple
 def models(U: Tensor, w: Tensor, key: Key, gap: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Rows become the way from the server's model to the client's: what is mixed are models, as FedAsync does.
 
-    x_k - x = U_k - (x - x_started) (Xie et al. 2019, algorithm 1): a client that began with an old model pulls back what
-    was learned since, by its weight. Without it updates are added to the model as it is now, as FedBuff does. The server
-    keeps the models that work began from. Holds a second matrix (n, P) where a row is stale.
+    x_k - x = U_k - (x - x_started) (Xie et al. 2019, algorithm 1): a client that began with an old model pulls back
+    what was learned since, by its weight. Without it updates are added to the model as it is now, as FedBuff does. The
+    server keeps the models that work began from. Holds a second matrix (n, P) where a row is stale.
     """
     _used(w, 1, "models")
     if not any(bool(torch.count_nonzero(g)) for g in gap):

@@ -56,10 +56,10 @@ def semi_sync(
 ) -> Decision:
     """Rounds with a deadline (seconds): close then, or as soon as the cohort is full or nobody is left to answer.
 
-    `over` starts so much more than the cohort (0.3: 30 %), of whom the first to answer fill it (over-selection, Bonawitz
-    et al. 2019). What comes after the close is given up, or with late="use" goes into the round that is open then, up
-    to `max_staleness` models behind: weigh it by `staleness`. With fewer than `quorum` admitted updates the round is
-    skipped and the model kept.
+    `over` starts so much more than the cohort (0.3: 30 %), of whom the first to answer fill it (over-selection,
+    Bonawitz et al. 2019). What comes after the close is given up, or with late="use" goes into the round that is open
+    then, up to `max_staleness` models behind: weigh it by `staleness`. With fewer than `quorum` admitted updates the
+    round is skipped and the model kept.
     """
     if view.started == 0:
         return Decision(start=math.ceil(view.cohort * (1 + over)), wake=view.now + deadline)

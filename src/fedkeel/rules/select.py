@@ -111,11 +111,11 @@ def oort(
 ) -> Places:
     """Prefer clients whose examples are many and badly fitted, and whose devices are fast (Oort, Lai et al. 2021).
 
-    A share of the places, `explore` * 0.98^round and at least `least`, goes to clients that never worked. The others are
-    drawn by utility, examples * loss, plus sqrt(0.1 log(round) / last round), times (T / t)^penalty for devices whose
-    last task took t seconds, longer than T, the quantile `pace` of the known ones. Utilities count up to their 95 %
-    quantile. Loss is the mean that a client claims (the paper takes the root of the mean square), so a client may claim
-    itself more work.
+    A share of the places, `explore` * 0.98^round and at least `least`, goes to clients that never worked. The others
+    are drawn by utility, examples * loss, plus sqrt(0.1 log(round) / last round), times (T / t)^penalty for devices
+    whose last task took t seconds, longer than T, the quantile `pace` of the known ones. Utilities count up to their 95
+    % quantile. Loss is the mean that a client claims (the paper takes the root of the mean square), so a client may
+    claim itself more work.
     """
     draw = key.fold("select", round).numpy()
     new = np.flatnonzero(candidates.selected == 0)

@@ -3,8 +3,8 @@
 A weigher registered with `init` is stateful: `(cohort, state, kept) -> (weights, kept)`, kept a mapping of names to
 vectors; that of a round which is skipped is dropped. Traits: "server_data" (asks the cohort's referee), "trust" (keeps
 each client's trust under its name, one figure), "per_row" (a row's weight depends on that row alone, so a server may
-weigh rows as they come), "absolute" (the step is as long as its weights are on the mean: a row that is worth little does
-not weigh more because the others are worth as little).
+weigh rows as they come), "absolute" (the step is as long as its weights are on the mean: a row that is worth little
+does not weigh more because the others are worth as little).
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def staleness(
 ) -> Tensor:
     """What an update of a model that is s versions old is worth: (1 + s)^-a, or by another form (Xie et al. 2019, 5.2).
 
-    polynomial: (1 + s)^-a, with a = 0.5 FedBuff's. hinge: 1 up to s = b, then 1 / (a (s - b) + 1). constant: 1. The step
-    is shortened with the weights (FedBuff divides by the number of updates, FedAsync mixes by alpha s): a buffer of
-    which all is stale moves the model less.
+    polynomial: (1 + s)^-a, with a = 0.5 FedBuff's. hinge: 1 up to s = b, then 1 / (a (s - b) + 1). constant: 1. The
+    step is shortened with the weights (FedBuff divides by the number of updates, FedAsync mixes by alpha s): a buffer
+    of which all is stale moves the model less.
     """
     s = cohort.staleness
     if form == "polynomial":
@@ -82,8 +82,8 @@ def even_share(
 
     Where clients answer at their own pace the model leans to those who answer often. A client's pace is its mean number
     of updates a round, over about 1 / (1 - memory) rounds; its weight the mean pace of the clients that are known, over
-    its own, at most `cap` and at least 1 / cap. A step to which rare clients came is longer for it: of all steps together
-    everybody has an even part (importance weighting), at the price of steps that vary.
+    its own, at most `cap` and at least 1 / cap. A step to which rare clients came is longer for it: of all steps
+    together everybody has an even part (importance weighting), at the price of steps that vary.
     """
     now = state.round
 

@@ -35,8 +35,8 @@ def save(
     """Write `directory/round-000010.safetensors` atomically and return its path.
 
     It holds theta, opt/*, control/*, roster/*, bases/<version>, kept/<rule>/<name>, memory/<client>/<name> and
-    attached/* as tensors; version, round, work in flight, trust, privacy, the layout's digest and `extra` as JSON. A kill at any moment, a full disk or a missing directory
-    (`RunError`) leaves the checkpoints before it whole.
+    attached/* as tensors; version, round, work in flight, trust, privacy, the layout's digest and `extra` as JSON. A
+    kill at any moment, a full disk or a missing directory (`RunError`) leaves the checkpoints before it whole.
     """
     content: dict[str, Tensor] = {"theta": state.theta}
     content |= {f"opt/{name}": value for name, value in state.opt.items()}

@@ -36,8 +36,8 @@ def always(names: Sequence[str], key: Key) -> Availability:
 def daily(names: Sequence[str], key: Key, *, hours: Hours = 8.0, spread: Hours = 24.0) -> Availability:
     """Devices are there for so many hours a day, as phones that charge: from a time of each one's own.
 
-    That time is drawn once, evenly over the first `spread` hours of the day, which begins at second 0 of the run: with a
-    spread of 24 the number of devices at hand is about the same at any time, with less it swings.
+    That time is drawn once, evenly over the first `spread` hours of the day, which begins at second 0 of the run: with
+    a spread of 24 the number of devices at hand is about the same at any time, with less it swings.
     """
     begins = key.numpy().uniform(0, spread * HOUR, len(names))
     length = hours * HOUR
@@ -87,17 +87,21 @@ def trace(
     return at
 
 
-def _spans(path: Path, place: dict[str, int], repeat: float) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+def _spans(
+    path: Path, place: dict[str, int], repeat: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     client, spans = [], []
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for number, row in enumerate(csv.reader(file), 1):
-                if number == 1 and row[:1] == ["client"] or not row:
+                if (number == 1 and row[:1] == ["client"]) or not row:
                     continue
                 try:
                     name, start, stop = row[0], float(row[1]), float(row[2])
                 except (IndexError, ValueError):
-                    raise InputError(f"{path}, line {number}: {row} is no client,start,stop: write two seconds") from None
+                    raise InputError(
+                        f"{path}, line {number}: {row} is no client,start,stop: write two seconds"
+                    ) from None
                 if not 0 <= start < stop or (repeat and stop > repeat):
                     end = f"repeat = {repeat:g}" if repeat else "infinity"
                     raise InputError(f"{path}, line {number}: {start:g} to {stop:g} is no span of time from 0 to {end}")

@@ -23,7 +23,7 @@ _NORMAL = NormalDist()
 
 @dataclass(frozen=True, slots=True)
 class Trip:
-    """What becomes of a task: `ends` is when the work is done, or `lost` when the server learns that it never will be."""
+    """What becomes of a task: `ends` is when the work is done, `lost` when the server learns that it never will be."""
 
     ends: float
     lost: float | None = None
@@ -132,7 +132,9 @@ def _classes(profile: str, own: Mapping[str, DeviceClass]) -> dict[str, DeviceCl
     return {"all": DeviceClass()}
 
 
-def _assigned(classes: Mapping[str, DeviceClass], names: Sequence[str], key: Key) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
+def _assigned(
+    classes: Mapping[str, DeviceClass], names: Sequence[str], key: Key
+) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
     """The class of each client: by pattern, the first that fits; the rest by shares, as even as they go, at random."""
     found = np.full(len(names), -1, np.int16)
     for at, (name, kind) in enumerate(classes.items()):
@@ -140,7 +142,8 @@ def _assigned(classes: Mapping[str, DeviceClass], names: Sequence[str], key: Key
             mine = [i for i, client in enumerate(names) if fnmatch.fnmatchcase(client, kind.clients)]
             if not mine:
                 raise InputError(
-                    f"devices.classes.{name}.clients = '{kind.clients}' matches no client: their names are as '{names[0]}'"
+                    f"devices.classes.{name}.clients = '{kind.clients}' matches no client: "
+                    f"their names are as '{names[0]}'"
                 )
             found[[i for i in mine if found[i] < 0]] = at
     rest = np.flatnonzero(found < 0)

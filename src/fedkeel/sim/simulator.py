@@ -145,7 +145,10 @@ class Simulator:
         devices, state, sent = self.federation.devices, self.server.state, self.server.bytes_down
         found: dict[int, tuple[Outcome, int]] = {}
         if devices.by_steps and given:
-            found = {outcome.task: (outcome, steps) for outcome, steps in self._train(given, Base(state.theta, state.control))}
+            found = {
+                outcome.task: (outcome, steps)
+                for outcome, steps in self._train(given, Base(state.theta, state.control))
+            }
         for order in given:
             outcome, steps = found.get(order.task, (None, 0))
             trip = devices.trip(order.client, order.task, self._now, sent, steps)

@@ -39,7 +39,7 @@ def chooses_so_many_distinct_positions(rule: Rule) -> None:
             chosen = np.asarray(rule(who, count, round, KEY))
             words = f"{count} of {len(who)} clients in round {round}: {chosen.tolist()}"
             hold(chosen.shape == (count,) and chosen.dtype.kind in "iu", words)
-            hold(len(set(chosen.tolist())) == count and 0 <= chosen.min() and chosen.max() < len(who), words)
+            hold(len(set(chosen.tolist())) == count and chosen.min() >= 0 and chosen.max() < len(who), words)
 
 
 @law("selector")
