@@ -15,7 +15,7 @@ from fedkeel import plugins
 from fedkeel.config import Job, load
 from fedkeel.core.errors import InputError, InterruptedRunError, RunError
 from fedkeel.core.registry import Rule, parse
-from fedkeel.core.types import ClientMemory, RoundReport, ServerState
+from fedkeel.core.types import LOST, ClientMemory, RoundReport, ServerState
 from fedkeel.ship import card, checkpoint, stored
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
@@ -155,6 +155,7 @@ def run(job: Job, out: Path | str | None = None, *, watch: Watcher | None = None
         state = ServerState(federation.theta())
         with directory.lock(), directory.ledger() as ledger:
             ledger.write_meta(_meta(federation, trainer, directory.job.read_text()))
+            ledger.write_clients(federation.devices.of)
             _simulate(directory, ledger, federation, trainer, state, ClientMemory(), watch)
     return _finished(directory, with_report)
 
@@ -225,7 +226,7 @@ class _Record:
         adversary = self.federation.adversary
         self.ledger.write_round(report, set(adversary.clients))
         if self.watch is not None:
-            refused = sum(row.refusal is not None for row in report.clients)
+            refused = sum(row.refusal is not None and row.refusal.stage not in LOST for row in report.clients)
             used = sum(row.weight > 0 for row in report.clients)
             rounds = self.federation.job.rounds
             self.watch(Progress(self.directory.path, report.round, rounds, self._latest, used, refused, report.skipped))

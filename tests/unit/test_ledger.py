@@ -30,7 +30,7 @@ def ledger(tmp_path: Path):
 
 
 def test_a_round_comes_back_as_it_was_written(ledger):
-    good = ClientRow("a", None, 0.75, 2.5, 0.9, 0.01, 1.5, -0.25, 100, 5, 0, 1000, {"loss": 0.5})
+    good = ClientRow("a", None, 0.75, 2.5, 0.9, 0.01, 1.5, -0.25, 100, 5, 0, 1000, 400, 2.5, {"loss": 0.5})
     bad = ClientRow("b", Refusal("check", "norm_bound", "norm 90 exceeds 10", 90.0), norm=90.0, bytes_up=1000)
     ledger.write_round(
         report(3, good, bad, skipped="too few", epsilon=0.5, bytes_down=7, seconds={"train": 0.25}), {"b"}
@@ -45,7 +45,7 @@ def test_a_round_comes_back_as_it_was_written(ledger):
     assert first == {
         "round": 3, "client": "a", "stage": None, "rule": None, "reason": None, "score": None, "weight": 0.75,
         "norm": 2.5, "cosine": 0.9, "variance": 0.01, "trust": 1.5, "contribution": -0.25,
-        "num_examples": 100, "steps": 5, "staleness": 0, "bytes_up": 1000,
+        "num_examples": 100, "steps": 5, "staleness": 0, "bytes_up": 1000, "bytes_down": 400, "seconds": 2.5,
         "metrics": {"loss": 0.5}, "hostile": 0,
     }  # fmt: skip
     assert [second[k] for k in ("stage", "rule", "reason", "score", "hostile")] == [

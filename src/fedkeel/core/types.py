@@ -14,6 +14,8 @@ from fedkeel.core.keys import Key
 from fedkeel.kernels import combine, distance
 
 Stage = Literal["train", "transport", "decode", "check", "screen", "weigh", "late", "quarantine"]
+LOST: tuple[Stage, ...] = ("train", "transport", "late")
+"""Stages at which an update is lost, not refused: nobody is accused."""
 
 
 class Refusal(NamedTuple):

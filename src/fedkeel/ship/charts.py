@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from fedkeel.ship.ledger import Row
 from fedkeel.ship.summary import CELLS, Grid, Point
-from fedkeel.ship.words import figure_of, number, short, size
+from fedkeel.ship.words import duration, figure_of, number, short, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,24 +74,29 @@ def style() -> Iterator[None]:
         yield
 
 
-def curves(title: str, lines: Sequence[Curve], key: str, *, percent: bool, note: str = "") -> Chart:
-    """Figures over rounds, each with its band."""
+def curves(
+    title: str, lines: Sequence[Curve], key: str, *, percent: bool, note: str = "", over: str = "round"
+) -> Chart:
+    """Figures over rounds, or over time or bytes ("seconds", "bytes"), each with its band."""
     figure, axes = _figure(196)
+    unit, axis = _unit(lines, over)
     for line in lines:
         colour = SERIES[line.index % len(SERIES)]
         kept = [p for p in line.points if p.value is not None and np.isfinite(p.value)]
-        x = [p.round for p in kept]
+        x = [p.round / unit for p in kept]
         banded = [p for p in kept if p.low is not None and p.high is not None]
         if banded:
             low, high = [p.low for p in banded], [p.high for p in banded]
-            axes.fill_between([p.round for p in banded], low, high, color=colour, alpha=0.16, linewidth=0)  # type: ignore[arg-type]
+            axes.fill_between([p.round / unit for p in banded], low, high, color=colour, alpha=0.16, linewidth=0)  # type: ignore[arg-type]
         values = [p.value for p in kept]
         style = DASHES[line.index % len(DASHES)]
         axes.plot(x, values, color=colour, linestyle=style, marker="o" if len(x) == 1 else "", markersize=4)  # type: ignore[arg-type]
-    _rounds(axes)
+    _rounds(axes, axis)
+    if over == "bytes":
+        axes.xaxis.set_major_formatter(lambda v, _: size(v))
     if percent:
         _percent(axes)
-    said = "; ".join(f"{short(c.label, 60)}: {_ends(c.points, percent)}" for c in lines)
+    said = "; ".join(f"{short(c.label, 60)}: {_ends(c.points, percent, over)}" for c in lines)
     legend = tuple((c.label, *mark(c.index)) for c in lines) if len(lines) > 1 else ()
     return Chart(title, _svg(figure, key, f"{title}. {said}."), legend, note)
 
@@ -283,11 +288,25 @@ def mark(index: int) -> tuple[str, str]:
     return _CSS[SERIES[index % len(SERIES)]], f"line:{lengths}"
 
 
-def _ends(points: Sequence[Point], percent: bool) -> str:
+def _ends(points: Sequence[Point], percent: bool, over: str) -> str:
     if not points:
         return "no points"
     first, last = points[0], points[-1]
-    return f"{number(first.value, percent)} at round {first.round}, {figure_of(last, percent)} at round {last.round}"
+    at = (lambda x: f"round {x}") if over == "round" else _UNITS[over]
+    return f"{number(first.value, percent)} at {at(first.round)}, {figure_of(last, percent)} at {at(last.round)}"
+
+
+_UNITS: dict[str, Callable[[float], str]] = {"seconds": duration, "bytes": size}
+_CLOCK = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+
+
+def _unit(lines: Sequence[Curve], over: str) -> tuple[float, str]:
+    """What an axis counts in, and its name: days, where there are two of them."""
+    if over != "seconds":
+        return 1, {"bytes": "bytes up and down"}.get(over, over)
+    most = max((point.round for line in lines for point in line.points), default=0.0)
+    seconds, name = next((unit for unit in _CLOCK if most >= 2 * unit[0]), _CLOCK[-1])
+    return seconds, f"{name} by the federation's clock"
 
 
 def _figure(height: float, left: float = 44, right: float = 10, bottom: float = 30) -> tuple[Figure, Axes]:

@@ -29,6 +29,7 @@ CREATE TABLE updates(
     contribution REAL,
     num_examples INTEGER, steps INTEGER, staleness INTEGER, bytes_up INTEGER NOT NULL,
     bytes_down INTEGER NOT NULL, seconds REAL, metrics TEXT NOT NULL, hostile INTEGER);
+CREATE TABLE clients(client TEXT PRIMARY KEY, device TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX updates_round ON updates(round);
 CREATE TABLE metrics(
     round INTEGER NOT NULL, scope TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL,
@@ -163,6 +164,12 @@ class Ledger:
         with self.transaction():
             rows = [(key, _json(value)) for key, value in values.items()]
             self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?,?)", rows)
+
+    def write_clients(self, devices: Mapping[str, str]) -> None:
+        """Write down the class of each client's device."""
+        with self.transaction():
+            rows = [(_text(client), _text(device)) for client, device in devices.items()]
+            self._db.executemany("INSERT OR REPLACE INTO clients VALUES (?,?)", rows)
 
     def rewind(self, round: int) -> None:
         """Delete everything after a round: a run resumed from its checkpoint writes it anew."""

@@ -156,6 +156,7 @@ def _render(template: str, path: Path, page: Mapping[str, Any]) -> Path:
         "shown": words.short,
         "number": words.number,
         "size": words.size,
+        "duration": words.duration,
         "figure": lambda point, name: words.figure_of(point, words.is_share(name)),
     }
     files.write_text(path, environment.get_template(template).render(page))
@@ -192,10 +193,19 @@ def _comparison(runs: Sequence[Run], keys: Iterator[str]) -> list[charts.Chart]:
     finals = [(run.label, run.final) for _, run in alike if run.final]
     lines = [charts.Curve(run.label, run.series[name], i) for i, run in alike]
     note = _band(runs[0])
-    return [
+    drawn = [
         charts.finals(f"Final {named}", finals, next(keys), percent=percent, note=note),
         charts.curves(f"{words.capital(named)} over rounds", lines, next(keys), percent=percent),
     ]
+    for what, word, told in (
+        ("seconds", "time", any(run.pace.uneven for _, run in alike)),
+        ("bytes", "traffic", len({(run.bytes_up + run.bytes_down) // max(run.rounds, 1) for _, run in alike}) > 1),
+    ):
+        if told:
+            lines = [charts.Curve(run.label, _over(run, what), i) for i, run in alike]
+            title = f"{words.capital(named)} over {word}"
+            drawn.append(charts.curves(title, lines, next(keys), percent=percent, over=what))
+    return drawn
 
 
 def _band(run: Run) -> str:
@@ -227,6 +237,7 @@ def _view(run: Run, index: int, first: Run, keys: Iterator[str]) -> dict[str, An
         "cards": list(_cards(run, time, percent)),
         "quality": _quality(run, index, keys),
         "served": _served(run, keys),
+        "devices": _devices(run, keys, percent),
         "admission": _admission(run, keys),
         "data": _data(run, keys),
         "cost": _cost(run, keys, time),
@@ -275,6 +286,9 @@ def _cards(run: Run, time: str, percent: bool) -> Iterable[dict[str, str]]:
         "figure": total,
         "under": f"{words.size(run.bytes_up)} up, {words.size(run.bytes_down)} down",
     }
+    if run.pace.uneven:
+        under = "by the federation's clock"
+        yield {"name": "Virtual time", "figure": words.duration(run.pace.seconds), "under": under}
     if run.parts:
         longest = max(run.parts, key=lambda part: run.parts[part])
         yield {"name": "Time", "figure": time, "under": f"most of it: {words.short(longest, 30)}"}
@@ -324,6 +338,32 @@ def _served(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
     return drawn
 
 
+def _devices(run: Run, keys: Iterator[str], percent: bool) -> list[charts.Chart]:
+    """What was reached when, by whom, where devices differ or updates come late."""
+    pace = run.pace
+    if not pace.uneven or run.main is None:
+        return []
+    named, note = words.name(run.main), _band(run)
+    line = charts.Curve(named, _over(run, "seconds"), 0)
+    title = f"{words.capital(named)} over time"
+    drawn = [charts.curves(title, [line], next(keys), percent=percent, note=note, over="seconds")]
+    if len(pace.by_class) > 1:
+        lines = [
+            charts.Curve(name, [Point(t, v) for t, v in summary.thin(points, summary.POINTS)], i)
+            for i, (name, points) in enumerate(pace.by_class.items())
+        ]
+        note = "Each class: the mean over its clients, on what they hold back."
+        title = f"{words.capital(named)} by class of device"
+        drawn.append(charts.curves(title, lines, next(keys), percent=percent, note=note, over="seconds"))
+    return drawn
+
+
+def _over(run: Run, what: str) -> list[Point]:
+    """The main metric over seconds or bytes."""
+    rows = summary.thin(run.pace.over_time, summary.POINTS)
+    return [Point(row[what], row["value"], row["low"], row["high"]) for row in rows]
+
+
 def _admission(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
     truth, drawn = run.counts.truth, []
     if run.verdicts:
@@ -338,6 +378,7 @@ def _admission(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
         "cosine": "Cosine of each update with the aggregate",
         "trust": "Trust in each client, 1 being the mean",
         "contribution": "What each update was worth: drop of the server's loss",
+        "staleness": "Age of each update: how many models behind",
     }
     for column, title in titles.items():
         if dots := run.dots[column]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedkeel.ship import own
+from fedkeel.ship import own, pace
 from fedkeel.ship.ledger import Ledger, Row
 from fedkeel.ship.rundir import RunDir
 
@@ -17,7 +17,7 @@ POINTS = 300  # the most points of a curve
 DOTS = 240  # the most dots of one sort, on average
 CLIENTS = 25  # the most lines of a table of clients
 CELLS = 150  # the most cells of a picture along one side
-FIGURES = ("norm", "cosine", "trust", "contribution")  # of an update
+FIGURES = ("norm", "cosine", "trust", "contribution", "staleness")  # of an update
 LINES = 40  # the most lines of the table of rounds
 
 # An update that never came to be judged is lost, not refused: nobody is accused.
@@ -32,9 +32,9 @@ _NO_NORM = (
 
 
 class Point(NamedTuple):
-    """A figure with its interval, at a round. None: it was no number, or has no interval."""
+    """A figure with its interval, at a round (or a moment, or so many bytes). None: it was no number, or has none."""
 
-    round: int
+    round: float
     value: float | None
     low: float | None = None
     high: float | None = None
@@ -116,6 +116,7 @@ class Run:
     parts: dict[str, float]  # part -> seconds in all
     epsilon: float | None
     own: own.Own
+    pace: pace.Pace
     table: list[Row] = field(default_factory=list)
 
     @property
@@ -143,7 +144,8 @@ def load(path: Path | str, label: str | None = None) -> Run:
             "total(bytes_down) AS down, max(epsilon) AS epsilon FROM rounds"
         )[0]
         first, last = span["first"] or 0, span["last"] or 0
-        series = _series(ledger, meta.get("headline", "global"))
+        scope = meta.get("headline", "global")
+        series = _series(ledger, scope)
         accused = _accused(ledger)
         step = max(1, math.ceil((last - first + 1) / CELLS))
         return Run(
@@ -176,6 +178,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
             parts=_parts(ledger),
             epsilon=span["epsilon"],
             own=own.load(ledger, step, [row["client"] for row in accused]),
+            pace=pace.load(ledger, scope, next(iter(series), None)),
             table=_table(ledger, series),
         )
 

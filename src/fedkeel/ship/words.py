@@ -46,11 +46,13 @@ def of(part: int, whole: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.82 s`, `41 s`, `3 min 20 s`, `2 h 5 min`."""
+    """`0.82 s`, `41 s`, `3 min 20 s`, `2 h 5 min`, `6 d 4 h`."""
     if seconds < 59.5:
         return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 1440:
+        return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def short(text: str, most: int) -> str:

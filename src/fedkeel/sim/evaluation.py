@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 Z95 = 1.959963984540054
 Value = float | tuple[float, float, float]
-GLOBAL, CLIENTS, CLIENT, GROUP = "global", "clients", "client/", "group/"
+GLOBAL, CLIENTS, CLIENT, GROUP, CLASS = "global", "clients", "client/", "group/", "class/"
 
 
 class Figures(NamedTuple):
-    """What was measured of one thing: the shared model (`global`), all clients' own (`clients`), one's, a group's."""
+    """What was measured: the shared model (`global`), all clients' own (`clients`), one's, a group's, a class's.
+
+    A group is the job's (`record.groups`), a class that of devices.
+    """
 
     scope: str
     values: dict[str, Value]
@@ -90,12 +93,20 @@ class _Clients:
         overall["worst_decile"] = sum(worst) / len(worst)
         overall["spread"] = float(torch.tensor(held[main], dtype=torch.float64).std(correction=0))
         found = [Figures(CLIENTS, overall, sum(sizes[i] for i in counted))]
-        for group, pattern in self.federation.job.record.groups.items():
-            members = [i for i in counted if fnmatch.fnmatchcase(names[i], pattern)]
+        for scope, mine in self._parts(names).items():
+            members = [i for i in counted if names[i] in mine]
             if members:
                 theirs = {metric: mean_interval(metric, [figures[i][metric] for i in members]) for metric in metrics}
-                found.append(Figures(GROUP + group, dict(theirs), sum(sizes[i] for i in members)))
+                found.append(Figures(scope, dict(theirs), sum(sizes[i] for i in members)))
         return found + [Figures(CLIENT + name, dict(values), size) for name, (values, size) in measured.items()]
+
+    def _parts(self, names: Sequence[str]) -> dict[str, set[str]]:
+        """Scope -> clients of the groups that the job names, and of the classes of devices."""
+        groups = self.federation.job.record.groups.items()
+        found = {GROUP + group: set(fnmatch.filter(names, pattern)) for group, pattern in groups}
+        for name, kind in self.federation.devices.of.items():
+            found.setdefault(CLASS + kind, set()).add(name)
+        return found
 
     def _measured(self) -> dict[str, tuple[dict[str, float], int]]:
         """Client -> figures of its model, and on how many examples."""
