@@ -40,7 +40,7 @@ def budget(
     """What a device can do in the time in which one of speed 1 does so many steps: at least one, rounded down.
 
     Everyone is done at about the same time, slow devices with less work (FedNova's setting, Wang et al. 2020; put
-    `fednova` first in aggregate.mix). Speeds are declared by patterns of client names: train.speeds.
+    `fednova` first in aggregate.mix). A device's speed is 1 / time of its class: `devices`.
     """
     return max(1, int(steps * speed))
 
