@@ -292,11 +292,13 @@ def envelope() -> str:
     import torch
 
     from fedkeel.core.keys import Key
+    from fedkeel.core.layout import Entry, Layout
     from fedkeel.core.types import Claims
 
     claims = Claims("anna", 7, 3, "ab" * 32, num_examples=120, steps=6, metrics={"loss": 0.5})
     codec = fedkeel.build("codec", "float32")
-    payload = codec().encode(torch.tensor([[1.0, -0.25]]), [Key.root(0)])[0]
+    layout = Layout((Entry("weight", (2,), "float32", "param", True),))
+    payload = codec(layout).encode(torch.tensor([[1.0, -0.25]]), [Key.root(0)])[0]
     data = wire.seal(claims, repr(codec), payload)
     header = 40 + int.from_bytes(data[4:8], "little")
     parts = (("magic", 0, 4), ("header length", 4, 8), ("SHA-256 of the header", 8, 40), ("header", 40, header))

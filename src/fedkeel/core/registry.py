@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "stopping": ("(num_examples, batch_size, losses) -> steps wanted in all", "fedkeel.rules.stop"),
     "rate": ("(round, rounds) -> factor of the learning rate", "fedkeel.rules.rate"),
     "row_transform": ("(U, keys, memory) -> (U, memory)", "fedkeel.rules.rows"),
-    "codec": ("() -> Codec", "fedkeel.rules.codec"),
+    "codec": ("(layout) -> Codec", "fedkeel.rules.codec"),
     "check": ("(update, door) -> reason or None", "fedkeel.rules.check"),
     "screen": ("(cohort, state) -> {row: (reason, score)}", "fedkeel.rules.screen"),
     "weigher": ("(cohort, state) -> (n,)", "fedkeel.rules.weigh"),

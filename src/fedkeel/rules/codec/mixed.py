@@ -1,0 +1,205 @@
+"""Other codecs for parts of a row."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedkeel.core.errors import DecodeError, InputError, nearest
+from fedkeel.core.keys import Key
+from fedkeel.core.layout import Entry, Layout
+from fedkeel.core.registry import parse, rule
+from fedkeel.core.types import Codec
+from fedkeel.kernels import distance
+from fedkeel.kernels.quantise import Codes, Floats
+from fedkeel.rules.codec.common import by_row, flat, joined, joined_bytes, part, shared, split
+
+_KEY = Key(0)  # of codecs that draw nothing
+_DROPPED, _NOT_FINITE = 0, 255
+_SHARES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+_MENU = (
+    *(f"top_k(share={share}, values='{values}')" for share in _SHARES for values in ("sign", "int4", "int8")),
+    "sign",
+    "int4(stochastic=False)",
+    "int8(stochastic=False)",
+    "float16",
+    "float32",
+)
+"""What `adaptive` chooses among, by number from 1: deterministic codecs. A number never changes its meaning."""
+
+
+@rule("codec")
+def layered(layout: Layout, *, layers: dict[str, str], rest: str = "int8") -> Codec:
+    """Other codecs for other layers: name pattern -> codec as text, as {"*.bias": "float16"}; the first that fits.
+
+    A pattern fits a tensor's name by wildcards, or as the name of a module that holds it (`encoder`). All tensors of a
+    pattern are one row for its codec, in the order of the layout; `rest` is for those that none fits. Error bounds and
+    claims are those of the parts. Payload: the parts' payloads in the order of the patterns, `rest` last, parts without
+    columns left out; ahead of one whose codec does not fix its length, that length in 8 bytes.
+    """
+    groups = _groups(layout, layers, rest)
+    codecs: list[Codec] = [parse("codec", text)(part(entry for entry, _ in members)) for text, members in groups]
+    places = [torch.cat([torch.arange(c.start, c.stop) for _, c in members]) for _, members in groups]
+    widths = [len(place) for place in places]
+
+    def encode(U: Tensor, keys: Sequence[Key]) -> list[bytes | memoryview]:
+        U = U.detach().to("cpu", torch.float32)
+        found = [
+            codec.encode(U[:, place], [key.fold(i) for key in keys])
+            for i, (codec, place) in enumerate(zip(codecs, places, strict=True))
+        ]
+        return [b"".join(joined(codecs, [payloads[i] for payloads in found])) for i in range(len(keys))]
+
+    def decode(payload: memoryview, out: Tensor) -> None:
+        for codec, place, given in zip(codecs, places, split(codecs, widths, payload), strict=True):
+            values = torch.empty(len(place))
+            codec.decode(given, values)
+            out[place] = values
+
+    def error(row: Tensor) -> Tensor:
+        bound = torch.zeros_like(row)
+        for codec, place in zip(codecs, places, strict=True):
+            bound[place] = codec.error(row[place])
+        return bound
+
+    most = sum(joined_bytes(codec, width) for codec, width in zip(codecs, widths, strict=True))
+    return Codec(
+        encode,
+        decode,
+        lambda _: most,
+        error,
+        lossless=all(codec.lossless for codec in codecs),
+        unbiased=all(codec.unbiased for codec in codecs),
+        exact=all(codec.exact for codec in codecs),
+    )
+
+
+def _groups(layout: Layout, layers: Mapping[str, str], rest: str) -> list[tuple[str, list[tuple[Entry, slice]]]]:
+    """(codec, its tensors), those that have any. Raises `InputError` for a pattern that fits no tensor."""
+    tensors = shared(layout)
+    left, groups = list(tensors), []
+    for pattern, text in layers.items():
+        fits = [t for t in tensors if fnmatch.fnmatchcase(t[0].name, pattern) or t[0].name.startswith(pattern + ".")]
+        if tensors and not fits:
+            known = nearest(pattern, [entry.name for entry, _ in tensors])
+            raise InputError(f"codec 'layered': layers pattern '{pattern}' fits no tensor of the model: {known}")
+        groups.append((text, [t for t in left if t in fits]))
+        left = [t for t in left if t not in fits]
+    return [(text, members) for text, members in [*groups, (rest, left)] if members]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """One way to send a tensor: what it takes, the squared error that it leaves, and how."""
+
+    size: int
+    error: float
+    number: int
+    payload: bytes | memoryview
+
+
+@rule("codec")
+def adaptive(
+    layout: Layout,
+    *,
+    ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0,
+    bytes: Annotated[int, Field(ge=1)] | None = None,
+) -> Codec:
+    """Within a number of bytes, for each tensor of each row the codec that leaves the least squared error in all.
+
+    The bytes are those of float32 / `ratio`, at least one a tensor, or `bytes`. Each tensor is tried with each of a
+    menu: left out, top_k at six shares with its values as signs, int4 or int8, sign, int4, int8, float16, float32. Of
+    what each takes and the error it leaves, the lower convex hull; then from nothing, again and again, the step that
+    takes off most error a byte and fits (greedy: Everett 1963). Deterministic, so for use with error feedback; the
+    stated bound is the error itself. Payload: a byte for each tensor that has columns, 0 left out (zeros), 255 not
+    finite (NaN), else its number in the menu; then the parts' payloads, ahead of a top_k its length in 8 bytes.
+    """
+    tensors = [columns for _, columns in shared(layout)]
+    if bytes is not None and bytes < len(tensors):
+        raise InputError(f"codec 'adaptive': bytes = {bytes} is below one for each of {len(tensors)} tensors: raise it")
+    budget = max(int(4 * layout.columns / ratio), len(tensors)) if bytes is None else bytes
+    widths = [columns.stop - columns.start for columns in tensors]
+    menus = {width: [parse("codec", text)(flat(width)) for text in _MENU] for width in set(widths)}
+
+    def encode(row: Floats, key: Key) -> Codes:
+        room = budget - len(tensors)
+        tried = [_tried(row[columns], menus[w], room) for columns, w in zip(tensors, widths, strict=True)]
+        chosen = _chosen(tried, room)
+        used = [(menus[w][c.number - 1], c) for c, w in zip(chosen, widths, strict=True) if 0 < c.number < 255]
+        parts = joined([codec for codec, _ in used], [c.payload for _, c in used])
+        numbers = np.array([c.number for c in chosen], np.uint8)
+        return np.concatenate([numbers, *(np.frombuffer(p, np.uint8) for p in parts)])
+
+    def decode(payload: memoryview, out: Tensor) -> None:
+        if not len(tensors) <= len(payload) <= budget:
+            raise DecodeError(f"the payload has {len(payload)} bytes, it takes {len(tensors)} to {budget}")
+        numbers = list(payload[: len(tensors)])
+        if any(len(_MENU) < number < _NOT_FINITE for number in numbers):
+            raise DecodeError(f"a tensor's codec is number {max(numbers)}, there are {len(_MENU)}")
+        out.zero_()
+        used = []
+        for columns, width, number in zip(tensors, widths, numbers, strict=True):
+            if number == _NOT_FINITE:
+                out[columns] = torch.nan
+            elif number != _DROPPED:
+                used.append((menus[width][number - 1], columns, width))
+        parts = split([u[0] for u in used], [u[2] for u in used], payload[len(tensors) :])
+        for (codec, columns, _), given in zip(used, parts, strict=True):
+            codec.decode(given, out[columns])
+
+    def error(row: Tensor) -> Tensor:
+        out = torch.empty_like(row)
+        decode(encode(row.numpy(), _KEY).data, out)
+        return (out.double() - row.double()).abs().to(torch.float32) * (1 + 2.0**-20)
+
+    return Codec(by_row(encode), decode, lambda _: budget, error)
+
+
+def _tried(values: Floats, menu: Sequence[Codec], room: int) -> list[_Choice]:
+    """The ways to send a tensor that may be worth it: rising sizes, each step taking off less error a byte."""
+    row = torch.from_numpy(values)
+    energy = distance.sq_norm(row)
+    if not np.isfinite(energy):
+        return [_Choice(0, 0.0, _NOT_FINITE, b"")]
+    hull = [_Choice(0, energy, _DROPPED, b"")]
+    if energy == 0:
+        return hull
+    out, found = torch.empty_like(row), []
+    for number, codec in enumerate(menu, 1):
+        if codec.exact and codec.max_bytes(len(row)) > room:
+            continue
+        (payload,) = codec.encode(row[None], [_KEY])
+        codec.decode(memoryview(payload), out)
+        left = 0.0 if codec.lossless else distance.sq_norm(out.sub_(row))
+        found.append(_Choice(len(payload) + (0 if codec.exact else 8), left, number, payload))
+    for choice in sorted(found, key=lambda c: (c.size, c.error)):
+        if choice.size > room or choice.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _gain(before: _Choice, after: _Choice) -> float:
+    """Squared error taken off a byte."""
+    return (before.error - after.error) / max(after.size - before.size, 1e-9)
+
+
+def _chosen(tried: Sequence[Sequence[_Choice]], room: int) -> list[_Choice]:
+    """One way for each tensor, within the room: steps up the hulls by falling gain, as far as they fit."""
+    steps = [(-_gain(a, b), i, j) for i, hull in enumerate(tried) for j, (a, b) in enumerate(pairwise(hull), 1)]
+    at = [0] * len(tried)
+    for _, i, j in sorted(steps):
+        more = tried[i][j].size - tried[i][j - 1].size
+        if at[i] == j - 1 and more <= room:
+            at[i], room = j, room - more
+    return [hull[j] for hull, j in zip(tried, at, strict=True)]
