@@ -75,6 +75,6 @@ def _half(dtype: torch.dtype, relative: float, absolute: float) -> Codec:
 
     def error(row: Tensor) -> Tensor:
         size = row.abs()
-        return torch.maximum((size * relative).clamp(min=absolute), size - largest)
+        return torch.maximum((size * relative).clamp(min=absolute), (size - largest) * (1 + 2.0**-20))
 
     return Codec(encode, decode, lambda columns: 2 * columns, error, exact=True)

@@ -119,7 +119,7 @@ def _means(row: Floats, bounds: Bounds) -> Floats:
 
 @rule("codec")
 def qsgd(
-    layout: Layout, *, levels: Annotated[int, Field(ge=1, le=127)] = 7, bucket: Annotated[int, Field(ge=1)] = 512
+    layout: Layout, *, levels: Annotated[int, Field(ge=1, le=127)] = 15, bucket: Annotated[int, Field(ge=1)] = 512
 ) -> Codec:
     """QSGD: columns in buckets, each value drawn to one of `levels` steps of its bucket's L2 norm; unbiased.
 

@@ -24,16 +24,20 @@ from fedkeel.rules.codec.common import by_row, flat, joined, joined_bytes, part,
 
 _KEY = Key(0)  # of codecs that draw nothing
 _DROPPED, _NOT_FINITE = 0, 255
-_SHARES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-_MENU = (
-    *(f"top_k(share={share}, values='{values}')" for share in _SHARES for values in ("sign", "int4", "int8")),
-    "sign",
-    "int4(stochastic=False)",
-    "int8(stochastic=False)",
-    "float16",
-    "float32",
+_MENU: tuple[tuple[str, float], ...] = (
+    ("sign", 1),
+    ("int4(stochastic=False)", 1),
+    ("int8(stochastic=False)", 1),
+    ("float16", 1),
+    ("float32", 1),
+    *(
+        (f"top_k(share={share}, values='{values}')", 1 / share)
+        for share in (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+        for values in ("sign", "int4", "int8")
+    ),
 )
-"""What `adaptive` chooses among, by number from 1: deterministic codecs. A number never changes its meaning."""
+"""What `adaptive` chooses among, by number from 1, and the least columns that each is tried for. All are deterministic;
+a number never changes its meaning."""
 
 
 @rule("codec")
@@ -116,24 +120,28 @@ def adaptive(
     """Within a number of bytes, for each tensor of each row the codec that leaves the least squared error in all.
 
     The bytes are those of float32 / `ratio`, at least one a tensor, or `bytes`. Each tensor is tried with each of a
-    menu: left out, top_k at six shares with its values as signs, int4 or int8, sign, int4, int8, float16, float32. Of
-    what each takes and the error it leaves, the lower convex hull; then from nothing, again and again, the step that
-    takes off most error a byte and fits (greedy: Everett 1963). Deterministic, so for use with error feedback; the
-    stated bound is the error itself. Payload: a byte for each tensor that has columns, 0 left out (zeros), 255 not
-    finite (NaN), else its number in the menu; then the parts' payloads, ahead of a top_k its length in 8 bytes.
+    menu: left out, sign, int4, int8, float16, float32, top_k at six shares from 0.0003 to 0.1 (where that is a column
+    or more) with its values as signs, int4 or int8. Of what each takes and the error it leaves, the lower convex hull;
+    then from nothing, again and again, the step that takes off most error a byte and fits (greedy: Everett 1963).
+    Deterministic, so for use with error feedback; the stated bound is the error itself. Payload: a byte for each tensor
+    that has columns, 0 left out (zeros), 255 not finite (NaN), else its number in the menu; then the parts' payloads,
+    ahead of a top_k its length in 8 bytes.
     """
     tensors = [columns for _, columns in shared(layout)]
     if bytes is not None and bytes < len(tensors):
         raise InputError(f"codec 'adaptive': bytes = {bytes} is below one for each of {len(tensors)} tensors: raise it")
     budget = max(int(4 * layout.columns / ratio), len(tensors)) if bytes is None else bytes
     widths = [columns.stop - columns.start for columns in tensors]
-    menus = {width: [parse("codec", text)(flat(width)) for text in _MENU] for width in set(widths)}
+    menus = {
+        width: {i: parse("codec", text)(flat(width)) for i, (text, least) in enumerate(_MENU, 1) if width >= least}
+        for width in set(widths)
+    }
 
     def encode(row: Floats, key: Key) -> Codes:
         room = budget - len(tensors)
         tried = [_tried(row[columns], menus[w], room) for columns, w in zip(tensors, widths, strict=True)]
         chosen = _chosen(tried, room)
-        used = [(menus[w][c.number - 1], c) for c, w in zip(chosen, widths, strict=True) if 0 < c.number < 255]
+        used = [(menus[w][c.number], c) for c, w in zip(chosen, widths, strict=True) if c.number in menus[w]]
         parts = joined([codec for codec, _ in used], [c.payload for _, c in used])
         numbers = np.array([c.number for c in chosen], np.uint8)
         return np.concatenate([numbers, *(np.frombuffer(p, np.uint8) for p in parts)])
@@ -141,16 +149,15 @@ def adaptive(
     def decode(payload: memoryview, out: Tensor) -> None:
         if not len(tensors) <= len(payload) <= budget:
             raise DecodeError(f"the payload has {len(payload)} bytes, it takes {len(tensors)} to {budget}")
-        numbers = list(payload[: len(tensors)])
-        if any(len(_MENU) < number < _NOT_FINITE for number in numbers):
-            raise DecodeError(f"a tensor's codec is number {max(numbers)}, there are {len(_MENU)}")
-        out.zero_()
+        out.numpy().fill(0)
         used = []
-        for columns, width, number in zip(tensors, widths, numbers, strict=True):
+        for columns, width, number in zip(tensors, widths, payload[: len(tensors)], strict=True):
             if number == _NOT_FINITE:
                 out[columns] = torch.nan
+            elif number in menus[width]:
+                used.append((menus[width][number], columns, width))
             elif number != _DROPPED:
-                used.append((menus[width][number - 1], columns, width))
+                raise DecodeError(f"a tensor of {width} columns has codec number {number}")
         parts = split([u[0] for u in used], [u[2] for u in used], payload[len(tensors) :])
         for (codec, columns, _), given in zip(used, parts, strict=True):
             codec.decode(given, out[columns])
@@ -163,7 +170,7 @@ def adaptive(
     return Codec(by_row(encode), decode, lambda _: budget, error)
 
 
-def _tried(values: Floats, menu: Sequence[Codec], room: int) -> list[_Choice]:
+def _tried(values: Floats, menu: Mapping[int, Codec], room: int) -> list[_Choice]:
     """The ways to send a tensor that may be worth it: rising sizes, each step taking off less error a byte."""
     row = torch.from_numpy(values)
     energy = distance.sq_norm(row)
@@ -172,13 +179,13 @@ def _tried(values: Floats, menu: Sequence[Codec], room: int) -> list[_Choice]:
     hull = [_Choice(0, energy, _DROPPED, b"")]
     if energy == 0:
         return hull
-    out, found = torch.empty_like(row), []
-    for number, codec in enumerate(menu, 1):
+    out, found = np.empty_like(values), []
+    for number, codec in menu.items():
         if codec.exact and codec.max_bytes(len(row)) > room:
             continue
         (payload,) = codec.encode(row[None], [_KEY])
-        codec.decode(memoryview(payload), out)
-        left = 0.0 if codec.lossless else distance.sq_norm(out.sub_(row))
+        codec.decode(memoryview(payload), torch.from_numpy(out))
+        left = distance.sq_norm(torch.from_numpy(np.subtract(out, values, out=out)))
         found.append(_Choice(len(payload) + (0 if codec.exact else 8), left, number, payload))
     for choice in sorted(found, key=lambda c: (c.size, c.error)):
         if choice.size > room or choice.error >= hull[-1].error:

@@ -120,5 +120,6 @@ def _values(name: Values, count: int) -> Codec:
 
 
 def _scatter(places: NDArray[np.int64], values: Tensor, out: Tensor) -> None:
-    out.zero_()
-    out.numpy()[places] = values.numpy()
+    row = out.numpy()  # numpy: torch's own threads would wait for each other
+    row.fill(0)
+    row[places] = values.numpy()
