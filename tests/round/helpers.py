@@ -62,4 +62,4 @@ def answer(
         "steps": steps,
         **claimed,
     }
-    return device.encode(row[None], [Key.root(order.task)], [Claims(**fields)], plan)[0]
+    return device.encode(row[None], [Key.root(order.task)], [Claims(**fields)], plan, layout)[0]

@@ -15,7 +15,7 @@ from fedkeel.core.errors import DecodeError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Entry, Layout
 from fedkeel.core.types import Codec
-from fedkeel.kernels.quantise import Bounds, Codes, Floats
+from fedkeel.kernels.quantise import Bounds, Codes, Floats, peaks
 
 Per = Literal["row", "tensor", "channel"]
 Encode = Callable[[Tensor, Sequence[Key]], list[bytes | memoryview]]
@@ -55,6 +55,11 @@ def runs(layout: Layout, per: Per) -> Bounds:
         channels = entry.shape[0] if per == "channel" and len(entry.shape) > 1 else 1
         lengths += [(columns.stop - columns.start) // channels] * channels
     return np.array(list(itertools.accumulate(lengths, initial=0)), np.int64)
+
+
+def peak(row: Floats) -> float:
+    """The largest magnitude of a row, 0 without columns; not finite iff a column is not."""
+    return float(peaks(row, np.array([0, row.size]))[0]) if row.size else 0.0
 
 
 def part(entries: Iterable[Entry]) -> Layout:

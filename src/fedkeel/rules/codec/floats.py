@@ -12,7 +12,8 @@ from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Codec
-from fedkeel.rules.codec.common import require_size
+from fedkeel.kernels.quantise import Codes, Floats
+from fedkeel.rules.codec.common import by_row, peak, require_size
 
 
 @rule("codec")
@@ -58,15 +59,13 @@ def bfloat16(layout: Layout) -> Codec:
 def _half(dtype: torch.dtype, relative: float, absolute: float) -> Codec:
     largest = torch.finfo(dtype).max
 
-    def encode(U: Tensor, keys: Sequence[Key]) -> list[bytes | memoryview]:
-        rows = U.detach().to("cpu", torch.float32)
-        halves = rows.to(dtype).contiguous()
-        beyond = torch.isinf(halves)
-        if bool(beyond.any()):
-            limited = rows.clamp(-largest, largest).to(dtype)
-            halves = torch.where(beyond & torch.isfinite(rows), limited, halves)
-        words = halves.view(torch.int16).numpy().astype("<i2", copy=False)
-        return [row.data.cast("B") for row in words]
+    def encode(row: Floats, key: Key) -> Codes:
+        values = torch.from_numpy(row)
+        halves = values.to(dtype)
+        if not peak(row) <= largest:
+            limited = values.clamp(-largest, largest).to(dtype)
+            halves = torch.where(torch.isfinite(values), limited, halves)
+        return halves.view(torch.int16).numpy().astype("<i2", copy=False).view(np.uint8)
 
     def decode(payload: memoryview, out: Tensor) -> None:
         require_size(payload, 2 * out.numel(), f"{out.numel()} columns of 2 bytes")
@@ -77,4 +76,4 @@ def _half(dtype: torch.dtype, relative: float, absolute: float) -> Codec:
         size = row.abs()
         return torch.maximum((size * relative).clamp(min=absolute), (size - largest) * (1 + 2.0**-20))
 
-    return Codec(encode, decode, lambda columns: 2 * columns, error, exact=True)
+    return Codec(by_row(encode), decode, lambda columns: 2 * columns, error, exact=True)

@@ -32,7 +32,7 @@ _MENU: tuple[tuple[str, float], ...] = (
     ("float32", 1),
     *(
         (f"top_k(share={share}, values='{values}')", 1 / share)
-        for share in (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+        for share in (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
         for values in ("sign", "int4", "int8")
     ),
 )
@@ -51,27 +51,27 @@ def layered(layout: Layout, *, layers: dict[str, str], rest: str = "int8") -> Co
     """
     groups = _groups(layout, layers, rest)
     codecs: list[Codec] = [parse("codec", text)(part(entry for entry, _ in members)) for text, members in groups]
-    places = [torch.cat([torch.arange(c.start, c.stop) for _, c in members]) for _, members in groups]
-    widths = [len(place) for place in places]
+    places = [[columns for _, columns in members] for _, members in groups]
+    widths = [sum(columns.stop - columns.start for columns in place) for place in places]
 
     def encode(U: Tensor, keys: Sequence[Key]) -> list[bytes | memoryview]:
         U = U.detach().to("cpu", torch.float32)
         found = [
-            codec.encode(U[:, place], [key.fold(i) for key in keys])
+            codec.encode(torch.cat([U[:, columns] for columns in place], dim=1), [key.fold(i) for key in keys])
             for i, (codec, place) in enumerate(zip(codecs, places, strict=True))
         ]
         return [b"".join(joined(codecs, [payloads[i] for payloads in found])) for i in range(len(keys))]
 
     def decode(payload: memoryview, out: Tensor) -> None:
-        for codec, place, given in zip(codecs, places, split(codecs, widths, payload), strict=True):
-            values = torch.empty(len(place))
+        for codec, place, width, given in zip(codecs, places, widths, split(codecs, widths, payload), strict=True):
+            values = torch.empty(width)
             codec.decode(given, values)
-            out[place] = values
+            _spread(values, place, out)
 
     def error(row: Tensor) -> Tensor:
         bound = torch.zeros_like(row)
         for codec, place in zip(codecs, places, strict=True):
-            bound[place] = codec.error(row[place])
+            _spread(codec.error(torch.cat([row[columns] for columns in place])), place, bound)
         return bound
 
     most = sum(joined_bytes(codec, width) for codec, width in zip(codecs, widths, strict=True))
@@ -100,6 +100,15 @@ def _groups(layout: Layout, layers: Mapping[str, str], rest: str) -> list[tuple[
     return [(text, members) for text, members in [*groups, (rest, left)] if members]
 
 
+def _spread(values: Tensor, place: Sequence[slice], out: Tensor) -> None:
+    """Put values one after the other into these columns."""
+    at = 0
+    for columns in place:
+        length = columns.stop - columns.start
+        out[columns] = values[at : at + length]
+        at += length
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
     """One way to send a tensor: what it takes, the squared error that it leaves, and how."""
@@ -120,9 +129,10 @@ def adaptive(
     """Within a number of bytes, for each tensor of each row the codec that leaves the least squared error in all.
 
     The bytes are those of float32 / `ratio`, at least one a tensor, or `bytes`. Each tensor is tried with each of a
-    menu: left out, sign, int4, int8, float16, float32, top_k at six shares from 0.0003 to 0.1 (where that is a column
+    menu: left out, sign, int4, int8, float16, float32, top_k at ten shares from 0.0002 to 0.2 (where that is a column
     or more) with its values as signs, int4 or int8. Of what each takes and the error it leaves, the lower convex hull;
-    then from nothing, again and again, the step that takes off most error a byte and fits (greedy: Everett 1963).
+    then from nothing, again and again, the step that takes off most error a byte and fits (greedy, Everett 1963), and
+    with what room is left whatever of the menu still betters a tensor.
     Deterministic, so for use with error feedback; the stated bound is the error itself. Payload: a byte for each tensor
     that has columns, 0 left out (zeros), 255 not finite (NaN), else its number in the menu; then the parts' payloads,
     ahead of a top_k its length in 8 bytes.
@@ -171,15 +181,15 @@ def adaptive(
 
 
 def _tried(values: Floats, menu: Mapping[int, Codec], room: int) -> list[_Choice]:
-    """The ways to send a tensor that may be worth it: rising sizes, each step taking off less error a byte."""
+    """The ways to send a tensor that fit into the room, rising in size; the first is to leave it out."""
     row = torch.from_numpy(values)
     energy = distance.sq_norm(row)
     if not np.isfinite(energy):
         return [_Choice(0, 0.0, _NOT_FINITE, b"")]
-    hull = [_Choice(0, energy, _DROPPED, b"")]
+    found = [_Choice(0, energy, _DROPPED, b"")]
     if energy == 0:
-        return hull
-    out, found = np.empty_like(values), []
+        return found
+    out = np.empty_like(values)
     for number, codec in menu.items():
         if codec.exact and codec.max_bytes(len(row)) > room:
             continue
@@ -187,12 +197,17 @@ def _tried(values: Floats, menu: Mapping[int, Codec], room: int) -> list[_Choice
         codec.decode(memoryview(payload), torch.from_numpy(out))
         left = distance.sq_norm(torch.from_numpy(np.subtract(out, values, out=out)))
         found.append(_Choice(len(payload) + (0 if codec.exact else 8), left, number, payload))
-    for choice in sorted(found, key=lambda c: (c.size, c.error)):
-        if choice.size > room or choice.error >= hull[-1].error:
-            continue
-        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], choice):
-            hull.pop()
-        hull.append(choice)
+    return sorted((c for c in found if c.size <= room), key=lambda c: (c.size, c.error))
+
+
+def _hull(tried: Sequence[_Choice]) -> list[_Choice]:
+    """Those from the first on of which each step takes off less error a byte than the one before."""
+    hull = [tried[0]]
+    for choice in tried[1:]:
+        if choice.error < hull[-1].error:
+            while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], choice):
+                hull.pop()
+            hull.append(choice)
     return hull
 
 
@@ -202,11 +217,17 @@ def _gain(before: _Choice, after: _Choice) -> float:
 
 
 def _chosen(tried: Sequence[Sequence[_Choice]], room: int) -> list[_Choice]:
-    """One way for each tensor, within the room: steps up the hulls by falling gain, as far as they fit."""
-    steps = [(-_gain(a, b), i, j) for i, hull in enumerate(tried) for j, (a, b) in enumerate(pairwise(hull), 1)]
-    at = [0] * len(tried)
+    """One way for each tensor, within the room: steps up the hulls by falling gain, then what else fits."""
+    hulls = [_hull(ways) for ways in tried]
+    steps = [(-_gain(a, b), i, j) for i, hull in enumerate(hulls) for j, (a, b) in enumerate(pairwise(hull), 1)]
+    at = [0] * len(hulls)
     for _, i, j in sorted(steps):
-        more = tried[i][j].size - tried[i][j - 1].size
+        more = hulls[i][j].size - hulls[i][j - 1].size
         if at[i] == j - 1 and more <= room:
             at[i], room = j, room - more
-    return [hull[j] for hull, j in zip(tried, at, strict=True)]
+    chosen = [hull[j] for hull, j in zip(hulls, at, strict=True)]
+    for i in sorted(range(len(chosen)), key=lambda i: -chosen[i].error):
+        best = min((c for c in tried[i] if c.size <= chosen[i].size + room), key=lambda c: (c.error, c.size))
+        room -= best.size - chosen[i].size
+        chosen[i] = best
+    return chosen
