@@ -167,7 +167,8 @@ def rules() -> str:
     """Every rule that comes with fedkeel, by kind."""
     parts = []
     for kind, (contract, module) in KINDS.items():
-        built_in = [d for d in (definition(kind, n) for n in names(kind)) if d.function.__module__ == module]
+        found = [definition(kind, name) for name in names(kind)]
+        built_in = [d for d in found if f"{d.function.__module__}.".startswith(f"{module}.")]
         text = f"## {kind}\n\nContract: `{contract}`\n\n{prose(inspect.getdoc(sys.modules[module]) or '')}"
         parts += [text, *map(_rule, built_in)] if built_in else [f"{text}\n\nNone comes with this version."]
     return "\n\n".join(parts)

@@ -276,7 +276,7 @@ def require_once(kept: Sequence[str]) -> None:
 
 
 def type_name(annotation: Any) -> str:
-    """How a parameter's type reads in help: `int >= 1`, `float > 0, < 1`, `tuple[int, ...]`, `int | None`."""
+    """How a parameter's type reads in help: `int >= 1`, `float > 0, < 1`, `tuple[int, ...]`, `'row' | 'tensor'`."""
     if typing.get_origin(annotation) is typing.Annotated:
         base, *marks = typing.get_args(annotation)
         bounds = [
@@ -288,6 +288,8 @@ def type_name(annotation: Any) -> str:
         ]
         return " ".join([type_name(base), ", ".join(bounds)]).strip()
     parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(repr, parts))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " | ".join(map(type_name, parts))
     if annotation in (types.NoneType, ...):

@@ -83,7 +83,7 @@ def _integers(layout: Layout, levels: int, bits: int, per: Per, stochastic: bool
 def sign(layout: Layout, *, per: Per = "tensor") -> Codec:
     """The sign of each column, 1 bit, times the mean magnitude of its tensor: scaled sign, for use with error feedback.
 
-    Karimireddy et al. 2019, "Error feedback fixes SignSGD", equation of C(v) = |v|_1 / d sign(v). Zero counts as plus.
+    Karimireddy et al. 2019, "Error feedback fixes SignSGD": C(v) = |v|_1 / d sign(v). Zero counts as plus.
     Off by | |x| - mean magnitude |. Payload: a float32 scale for each of s runs, 8 columns a byte, the first in the
     lowest bit, 1 for plus: ceil(P / 8) + 4 s bytes.
     """
@@ -123,7 +123,7 @@ def qsgd(
 ) -> Codec:
     """QSGD: columns in buckets, each value drawn to one of `levels` steps of its bucket's L2 norm; unbiased.
 
-    Alistarh et al. 2017, equation (4) and section 3.3: x becomes norm / levels times the whole number below or above
+    Alistarh et al. 2017, section 3.1, by buckets: x becomes norm / levels times the whole number below or above
     levels x / norm, drawn so that the mean is right; off by up to norm / levels. The numbers q travel as 2 |q|, less 1
     where q is negative, in the Rice code that is smallest for the row: with w bits a column for 2 levels + 1 values,
     at most ceil(P w / 8) bytes. Payload: norm / levels as a float32 for each of b = ceil(P / bucket) buckets, the

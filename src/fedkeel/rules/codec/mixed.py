@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated
 
@@ -142,10 +143,7 @@ def adaptive(
         raise InputError(f"codec 'adaptive': bytes = {bytes} is below one for each of {len(tensors)} tensors: raise it")
     budget = max(int(4 * layout.columns / ratio), len(tensors)) if bytes is None else bytes
     widths = [columns.stop - columns.start for columns in tensors]
-    menus = {
-        width: {i: parse("codec", text)(flat(width)) for i, (text, least) in enumerate(_MENU, 1) if width >= least}
-        for width in set(widths)
-    }
+    menus = {width: _menu(width) for width in set(widths)}
 
     def encode(row: Floats, key: Key) -> Codes:
         room = budget - len(tensors)
@@ -178,6 +176,12 @@ def adaptive(
         return (out.double() - row.double()).abs().to(torch.float32) * (1 + 2.0**-20)
 
     return Codec(by_row(encode), decode, lambda _: budget, error)
+
+
+@lru_cache(maxsize=4096)
+def _menu(columns: int) -> Mapping[int, Codec]:
+    """The menu's codecs for a tensor, by number."""
+    return {i: parse("codec", text)(flat(columns)) for i, (text, least) in enumerate(_MENU, 1) if columns >= least}
 
 
 def _tried(values: Floats, menu: Mapping[int, Codec], room: int) -> list[_Choice]:

@@ -32,11 +32,11 @@ _KEY = Key(0)  # of codecs that draw nothing
 def top_k(layout: Layout, *, share: Share = 0.01, values: Values = "float32") -> Codec:
     """The k = share P columns of largest magnitude (at least 1); the others are 0. For use with error feedback.
 
-    Stich et al. 2018, "Sparsified SGD with memory", definition of top_k; of equal magnitudes the first column. The
-    values travel as that codec has them (int8, int4 to the nearest, one scale), the columns as Golomb-Rice codes of the
-    gaps between them, log2(P / k) + 1.5 bits each where they lie evenly. Payload: the k values; the w low bits of each
-    gap, w being the best for gaps of mean P / k; the rest of the gaps in unary, so many zeros and a one: at most
-    ceil(k w / 8) + ceil((k + floor((P - k) / 2^w)) / 8) bytes beside the values.
+    Stich et al. 2018, "Sparsified SGD with memory", top_k; of equal magnitudes the first column. The values travel as
+    that codec has them (int8, int4 to the nearest, one scale), the columns as Golomb-Rice codes of the gaps between
+    them, about log2(P / k) + 1.5 bits each where they lie evenly. Payload: the k values; the u low bits of each gap, u
+    being the best for gaps of mean P / k; the rest of the gaps in unary, so many zeros and a one: at most
+    ceil(k u / 8) + ceil((k + floor((P - k) / 2^u)) / 8) bytes beside the values.
     """
     columns = layout.columns
     count = _count(share, columns)
@@ -73,8 +73,8 @@ def random_k(layout: Layout, *, share: Share = 0.01, scaled: bool = True) -> Cod
 
     Wangni et al. 2018, "Gradient sparsification", with equal probabilities: scaled, a value is multiplied by the length
     of its run, about 1 / share, and the row is right in the mean (unbiased; finite values stay so, at most 3.4e38).
-    Each column is drawn with probability k / P, as with a draw of any k columns, and the variance is the same. Payload:
-    the seed, 8 bytes, and k float32 values: 8 + 4 k bytes, no indices. A row that is not finite sends NaN alone.
+    Each column is drawn about as often as by a draw of any k columns, so its variance is the same. Payload: the seed, 8
+    bytes, and k float32 values: 8 + 4 k bytes, no indices. A row that is not finite sends NaN alone.
     """
     columns = layout.columns
     count = _count(share, columns)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What each codec costs and saves: one row of 10^7 columns on one core, beside a copy of the row.
 
-    python benchmarks/codecs.py [--columns 10000000] [--repeats 15] [--json FILE]
+    python benchmarks/codec.py [--columns 10000000] [--repeats 15] [--json FILE]
 
 Encoding and decoding take turns with a copy of the row into memory that is already there, so that whatever else the
 machine does hits all alike; the least of the repeats counts. The row is that of twenty square layers: normal values,
-each layer of its own size. Writes results/codecs.json.
+each layer of its own size. Writes results/codec.json.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "codecs.json")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "codec.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
