@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedkeel.kernels import native
 from fedkeel.kernels.quantise import Floats
 
-_SAMPLE = 1 << 16  # magnitudes that the first guess is made of
+_STEP = 127  # of the columns that the first guess is made of: no power of two, as rows of matrices have
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
@@ -24,12 +24,12 @@ def largest(row: Floats, count: int) -> NDArray[np.int64]:
         return np.arange(row.size)
     if not count:
         return np.zeros(0, np.int64)
-    sample = np.ascontiguousarray(row[:: max(row.size // _SAMPLE, 1)]).view(np.int32) & _MAGNITUDE
+    sample = np.ascontiguousarray(row[::_STEP]).view(np.int32) & _MAGNITUDE
     wanted = count * sample.size / row.size
     rank = math.ceil(wanted + 4 * math.sqrt(wanted)) + 1
     if 2 * rank < sample.size:
         least = int(np.partition(sample, sample.size - rank)[sample.size - rank])
-        room = 2 * rank * (row.size // sample.size + 1) + 64
+        room = 2 * rank * _STEP + 64
         found = _above(row, max(least, 1), room)
         if found is not None and found.size >= count:
             return found[_of_equals_the_first(row[found].view(np.int32) & _MAGNITUDE, count)]

@@ -31,7 +31,7 @@ from fedkeel.kernels.quantise import (
 from fedkeel.rules.codec.common import Per, by_row, numbers, read_scales, require_size, runs
 
 _SLACK = 2.0**-12  # of a step: what float32 products add to the rounding, at 127 levels
-_BLOCK = 1 << 20  # columns that are counted at a time
+_BLOCK = 1 << 16  # columns that are looked at at a time
 
 
 @rule("codec")
@@ -182,8 +182,11 @@ def _rice(codes: NDArray[np.int8], width: int) -> tuple[int, list[Codes]]:
     sizes = [packed_bytes(folded.size, low) + _unary_bytes(counts, low) for low in range(width)]
     low = int(np.argmin([*sizes, packed_bytes(folded.size, width)]))
     values = folded.astype(np.uint32)
-    packed = pack(values & np.uint32((1 << low) - 1), low)
-    return low, [packed] if low == width else [packed, unary(values >> np.uint32(low))]
+    packed = [pack(values & np.uint32((1 << low) - 1), low)] if low else []
+    if low < width:
+        values >>= np.uint32(low)
+        packed.append(unary(values))
+    return low, packed
 
 
 def _unary_bytes(counts: NDArray[np.int64], low: int) -> int:
@@ -205,8 +208,12 @@ def _from_rice(data: Codes, columns: int, width: int, most: int) -> NDArray[np.i
             raise DecodeError(str(error)) from None
         if columns and int(high.max()) > most:
             raise DecodeError(f"a number is above {most}")
-        values |= high << np.uint32(low)
-    if columns and int(values.max()) > most:
+        high <<= np.uint32(low)
+        values = np.bitwise_or(values, high, out=high) if low else high
+    if low and columns and int(values.max()) > most:
         raise DecodeError(f"a number is {int(values.max())}, the largest is {most}")
     folded = values.astype(np.uint8)
-    return (folded >> 1 ^ -(folded & 1)).view(np.int8)
+    signs = -(folded & 1)
+    folded >>= 1
+    folded ^= signs
+    return folded.view(np.int8)
