@@ -10,8 +10,10 @@ from helpers import answer, make_coordinator, make_plan
 from torch import nn
 
 import fedkeel
+from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import build, names, parse
+from fedkeel.core.types import Claims
 from fedkeel.round import wire
 from fedkeel.round.coordinator import Record, Train
 
@@ -46,6 +48,19 @@ def test_a_row_that_is_not_finite_is_refused_behind_every_codec(codec, value):
     bound = sum(decoder.error(row) for row in rows[1:]) / 2
     gap = (server.state.theta - rows[1:].mean(0)).abs()
     assert bool((gap <= bound + 1e-6).all())
+
+
+@pytest.mark.parametrize("codec", texts())
+def test_zstd_may_follow_every_codec(codec):
+    rule, row = parse("codec", codec), torch.linspace(-1, 1, LAYOUT.columns)
+    name, built = wire.built(rule, LAYOUT)
+    (payload,) = built.encode(row[None], [Key.root(0)])
+    claims, whole = Claims("a", 0, 0, LAYOUT.digest, 1, 1), []
+    for level in (0, 3):
+        out = torch.empty(LAYOUT.columns)
+        wire.open_payload(wire.read(wire.seal(claims, name, payload, level)), name, built, out)
+        whole.append(out)
+    assert torch.equal(*whole)
 
 
 def test_another_codec_than_the_federations_is_refused():

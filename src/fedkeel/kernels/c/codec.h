@@ -79,7 +79,7 @@ static void NAME(dequantise)(const rounding *r, const uint8_t *in, float *out) {
 
 /* The largest magnitude of each run: as integers magnitudes are in order, infinity above the finite, NaN above all. */
 static void NAME(peaks)(const float *x, const int64_t *bounds, int64_t count, int32_t *out) {
-    const int32_t *bits = (const int32_t *)x;
+    const magnitude *bits = (const magnitude *)x;
     for (int64_t s = 0; s < count; s++) {
         int32_t most = 0;
         for (int64_t j = bounds[s]; j < bounds[s + 1]; j++) {
@@ -93,7 +93,7 @@ static void NAME(peaks)(const float *x, const int64_t *bounds, int64_t count, in
 /* The columns whose magnitude is at least `least` (as an integer, above 0), in order. Returns how many there are, of
    which no more than `room` are written, or `room` + 1 or more when there are more; `out` has 16 places beyond. */
 static int64_t NAME(above)(const float *x, int64_t n, int32_t least, int64_t room, uint32_t *out) {
-    const int32_t *bits = (const int32_t *)x;
+    const magnitude *bits = (const magnitude *)x;
     int64_t count = 0, j = 0;
 #if V == 16
     const __m512i limit = _mm512_set1_epi32(least - 1), size = _mm512_set1_epi32(0x7fffffff);

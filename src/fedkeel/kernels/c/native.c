@@ -103,6 +103,7 @@ typedef struct {
     uint32_t low, high;
 } rounding;
 #define CODES 4096 /* columns at a time */
+typedef int32_t magnitude __attribute__((may_alias)); /* a float as its bits */
 
 #ifndef WIDTH
 #define WIDTH 128 /* columns at a time */
