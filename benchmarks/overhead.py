@@ -96,7 +96,7 @@ def coordinator(clients: int, columns: int, repeats: int) -> dict[str, Any]:
     for repeat in range(repeats + 1):
         claims = [Claims(o.client, o.task, o.version, layout.digest, 20, 5) for o in orders]
         rows[:, 0] = repeat  # not the payload of the round before
-        messages = device.encode(rows, [Key(o.task) for o in orders], claims, plan)
+        messages = device.encode(rows, [Key(o.task) for o in orders], claims, plan, layout)
         start = time.perf_counter()
         commands: list[Any] = []
         for order, message in zip(orders, messages, strict=True):

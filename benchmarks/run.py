@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run every benchmark, then write their tables into docs/benchmarks.md and the README.
 
-    python benchmarks/run.py [--peers .bench-venvs] [--only simulation reducers overhead] [--tables]
+    python benchmarks/run.py [--peers .bench-venvs] [--only simulation reducers codec overhead] [--tables]
 
 `--tables` only writes the tables anew from benchmarks/results. The runs under attack take hours: they are made by
 benchmarks/defences.py and benchmarks/published.py, which go on where they were stopped, and benchmarks/outofcore.py
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import codec
 import defence_tables
 import detection
 import localwork
@@ -34,7 +35,7 @@ import simulation
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-ALL = ("simulation", "reducers", "overhead", "detection")
+ALL = ("simulation", "reducers", "codec", "overhead", "detection")
 
 
 def main() -> None:
@@ -68,7 +69,8 @@ def write_tables() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     page = ROOT / "docs" / "benchmarks.md"
     text = page.read_text()
-    modules = {"simulation": simulation, "reducers": reducers, "overhead": overhead, "detection": detection}
+    modules = {"simulation": simulation, "reducers": reducers, "codec": codec, "overhead": overhead}
+    modules["detection"] = detection
     tables = {name: module.table for name, module in modules.items()}
     for name, make in tables.items():
         if name in results:

@@ -167,7 +167,8 @@ def rules() -> str:
     """Every rule that comes with fedkeel, by kind."""
     parts = []
     for kind, (contract, module) in KINDS.items():
-        built_in = [d for d in (definition(kind, n) for n in names(kind)) if d.function.__module__ == module]
+        found = [definition(kind, name) for name in names(kind)]
+        built_in = [d for d in found if f"{d.function.__module__}.".startswith(f"{module}.")]
         text = f"## {kind}\n\nContract: `{contract}`\n\n{prose(inspect.getdoc(sys.modules[module]) or '')}"
         parts += [text, *map(_rule, built_in)] if built_in else [f"{text}\n\nNone comes with this version."]
     return "\n\n".join(parts)
@@ -292,11 +293,13 @@ def envelope() -> str:
     import torch
 
     from fedkeel.core.keys import Key
+    from fedkeel.core.layout import Entry, Layout
     from fedkeel.core.types import Claims
 
     claims = Claims("anna", 7, 3, "ab" * 32, num_examples=120, steps=6, metrics={"loss": 0.5})
     codec = fedkeel.build("codec", "float32")
-    payload = codec().encode(torch.tensor([[1.0, -0.25]]), [Key.root(0)])[0]
+    layout = Layout((Entry("weight", (2,), "float32", "param", True),))
+    payload = codec(layout).encode(torch.tensor([[1.0, -0.25]]), [Key.root(0)])[0]
     data = wire.seal(claims, repr(codec), payload)
     header = 40 + int.from_bytes(data[4:8], "little")
     parts = (("magic", 0, 4), ("header length", 4, 8), ("SHA-256 of the header", 8, 40), ("header", 40, header))

@@ -26,7 +26,7 @@ def make_plan(cohort: int = 3, *, schedule: str = "sync", reduce: str = "mean", 
     return Plan(
         select=parse("selector", "round_robin"),
         schedule=parse("scheduler", schedule),
-        codec=parse("codec", "float32"),
+        codec=parse("codec", extra.pop("codec", "float32")),
         reducer=parse("reducer", reduce),
         optimiser=parse("server_optimiser", extra.pop("optimiser", "sgd")),
         cohort=cohort,
@@ -64,4 +64,4 @@ def answer(
         "steps": steps,
         **claimed,
     }
-    return device.encode(row[None], [Key.root(order.task)], [Claims(**fields)], plan)[0]
+    return device.encode(row[None], [Key.root(order.task)], [Claims(**fields)], plan, layout)[0]

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from fedkeel.core.errors import DecodeError
 from fedkeel.core.keys import Key
+from fedkeel.core.layout import Entry, Layout
 from fedkeel.core.registry import parse
 from fedkeel.core.types import Claims
 from fedkeel.round import wire
 
-CODEC = parse("codec", "float32")()
 COLUMNS = 64
+CODEC = parse("codec", "float32")(Layout((Entry("x", (COLUMNS,), "float32", "param", True),)))
 CLAIMS = Claims("a", 3, 7, "d" * 64, 20, 5, {"loss": 0.5})
 
 

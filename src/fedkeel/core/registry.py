@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "stopping": ("(num_examples, batch_size, losses) -> steps wanted in all", "fedkeel.rules.stop"),
     "rate": ("(round, rounds) -> factor of the learning rate", "fedkeel.rules.rate"),
     "row_transform": ("(U, keys, memory) -> (U, memory)", "fedkeel.rules.rows"),
-    "codec": ("() -> Codec", "fedkeel.rules.codec"),
+    "codec": ("(layout) -> Codec", "fedkeel.rules.codec"),
     "check": ("(update, door) -> reason or None", "fedkeel.rules.check"),
     "screen": ("(cohort, state) -> {row: (reason, score)}", "fedkeel.rules.screen"),
     "weigher": ("(cohort, state) -> (n,)", "fedkeel.rules.weigh"),
@@ -277,7 +277,7 @@ def require_once(kept: Sequence[str]) -> None:
 
 
 def type_name(annotation: Any) -> str:
-    """How a parameter's type reads in help: `int >= 1`, `float > 0, < 1`, `tuple[int, ...]`, `int | None`."""
+    """How a parameter's type reads in help: `int >= 1`, `float > 0, < 1`, `tuple[int, ...]`, `'row' | 'tensor'`."""
     if typing.get_origin(annotation) is typing.Annotated:
         base, *marks = typing.get_args(annotation)
         bounds = [
@@ -289,6 +289,8 @@ def type_name(annotation: Any) -> str:
         ]
         return " ".join([type_name(base), ", ".join(bounds)]).strip()
     parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(repr, parts))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " | ".join(map(type_name, parts))
     if annotation in (types.NoneType, ...):

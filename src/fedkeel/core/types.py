@@ -80,16 +80,22 @@ class Door:
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Rows to payloads and back.
+    """Rows of one layout to payloads and back.
 
-    `encode(U (n, P), keys) -> n payloads`; `decode(payload, out (P,))` fills `out` or raises `DecodeError`;
-    `max_bytes(P)` bounds a payload. `error(row (P,)) -> (P,)` bounds |decoded - row| per column.
+    `encode(U (n, P), keys) -> n payloads`, the randomness of row i from key i alone; `decode(payload, out (P,))` fills
+    `out` or raises `DecodeError`; `max_bytes(P)` bounds a payload. `error(row (P,)) -> (P,)` bounds |decoded - row|
+    per column of a finite row, whatever the key. A row that is not finite comes out not finite.
+    What a codec may claim, and is held to: `lossless`, every bit of a row comes back; `unbiased`, over keys a row
+    comes back in the mean; `exact`, every payload has `max_bytes(P)` bytes.
     """
 
     encode: Callable[[Tensor, Sequence[Key]], list[bytes | memoryview]]
     decode: Callable[[memoryview, Tensor], None]
     max_bytes: Callable[[int], int]
     error: Callable[[Tensor], Tensor]
+    lossless: bool = False
+    unbiased: bool = False
+    exact: bool = False
 
 
 class View(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-ABI = 9  # native.c has the same: a library built from other sources is left alone
+ABI = 10  # native.c has the same: a library built from other sources is left alone
 SETS = ("avx512", "avx2", "base")
 
 _OPERAND = np.dtype([("base", "<i8"), ("at", "<i8"), ("ld", "<i8")])
@@ -25,6 +25,11 @@ OPERATION = np.dtype(
     + [(name, _OPERAND) for name in ("a", "b", "c", "d", "out")]
 )
 """One operation of a program, as `op` in native.c."""
+ROUNDING = np.dtype(
+    [(name, "<i8") for name in ("count", "levels", "stochastic", "nibbles", "bounds", "factor")]
+    + [("low", "<u4"), ("high", "<u4")]
+)
+"""How a row becomes small integers, as `rounding` in native.c."""
 
 
 class Library:
@@ -48,6 +53,21 @@ class Library:
         self.select.argtypes = [pointer, pointer, number, number]
         self.gram = library.fedkeel_gram
         self.gram.argtypes = [pointer, *[number] * 4, pointer]
+        self.quantise = library.fedkeel_quantise
+        self.dequantise = library.fedkeel_dequantise
+        self.quantise.argtypes = self.dequantise.argtypes = [pointer] * 3
+        self.peaks = library.fedkeel_peaks
+        self.peaks.argtypes = [pointer, pointer, number, pointer]
+        self.above = library.fedkeel_above
+        self.above.argtypes = [pointer, *[number] * 3, pointer]
+        self.above.restype = number
+        self.pack, self.unpack = library.fedkeel_pack, library.fedkeel_unpack
+        self.pack.argtypes = self.unpack.argtypes = [pointer, number, number, pointer]
+        self.unary = library.fedkeel_unary
+        self.unary.argtypes = [pointer, number, pointer]
+        self.from_unary = library.fedkeel_from_unary
+        self.from_unary.argtypes = [pointer, number, number, pointer]
+        self.from_unary.restype = number
 
 
 @cache

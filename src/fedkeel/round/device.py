@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.core.types import Claims, ClientMemory, Codec
+from fedkeel.core.types import Claims, ClientMemory
 from fedkeel.round import wire
 from fedkeel.round.plan import Plan
 
@@ -105,11 +105,11 @@ def transform(
     return moved if params.stop == rows.shape[1] else torch.cat([moved, rows[:, params.stop :]], dim=1)
 
 
-def encode(rows: Tensor, keys: Sequence[Key], claims: Sequence[Claims], plan: Plan) -> list[bytes]:
+def encode(rows: Tensor, keys: Sequence[Key], claims: Sequence[Claims], plan: Plan, layout: Layout) -> list[bytes]:
     """Seal rows (n, P), one envelope each."""
-    codec: Codec = plan.codec()
+    name, codec = wire.built(plan.codec, layout)
     payloads = codec.encode(rows, [key.fold("codec") for key in keys])
-    return [wire.seal(c, repr(plan.codec), p, plan.zstd) for c, p in zip(claims, payloads, strict=True)]
+    return [wire.seal(c, name, p, plan.zstd) for c, p in zip(claims, payloads, strict=True)]
 
 
 def prepare(
@@ -128,4 +128,4 @@ def prepare(
     """
     rows = transform(rows, keys, [c.client for c in claims], memory, plan, layout)
     remember(rows, claims, memory, plan, control or {}, round)
-    return encode(rows, keys, claims, plan)
+    return encode(rows, keys, claims, plan, layout)

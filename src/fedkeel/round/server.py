@@ -72,7 +72,7 @@ class Server:
         self.layout = layout
         opt = state.opt or plan.optimiser.init(state.theta[layout.params])
         self.state = state.replace(opt=opt, control=state.control or first_control(plan, layout))
-        self._codec, self._codec_name = plan.codec(), repr(plan.codec)
+        self._codec_name, self._codec = wire.built(plan.codec, layout)
         self._header_checks = [c for c in plan.checks if "header" in c.definition.traits]
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
         columns = layout.columns

@@ -14,6 +14,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -21,6 +22,8 @@ import zstandard
 from torch import Tensor
 
 from fedkeel.core.errors import DecodeError
+from fedkeel.core.layout import Layout
+from fedkeel.core.registry import Rule
 from fedkeel.core.types import Claims, Codec
 
 MAGIC = b"FKU1"
@@ -42,6 +45,15 @@ class Sealed:
     zstd: bool
     digest: bytes
     payload: memoryview
+
+
+@lru_cache(maxsize=16)
+def built(rule: Rule, layout: Layout) -> tuple[str, Codec]:
+    """A plan's codec for a layout, and its name in envelopes: the rule as written, or the SHA-256 of a long one."""
+    text = repr(rule)
+    if len(text.encode()) > MAX_NAME:
+        text = f"{rule.name} {hashlib.sha256(text.encode()).hexdigest()}"
+    return text, rule(layout)
 
 
 def seal(claims: Claims, codec: str, payload: bytes | memoryview, zstd: int = 0) -> bytes:

@@ -279,7 +279,7 @@ class Simulator:
         device.remember(rows, claims, self.memory, federation.plan, control, round)
         rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
-            sealed = device.encode(rows[i : i + 1], [row_keys[i]], [claim], federation.plan)
+            sealed = device.encode(rows[i : i + 1], [row_keys[i]], [claim], federation.plan, federation.layout)
             yield Outcome(claim.client, claim.task, sealed[0]), claim.steps
 
     def _task(self, client: str, key: Key) -> Task:

@@ -7,6 +7,7 @@ hold those of one kind each.
 
 from fedkeel.testing import (
     attacks,
+    codecs,
     contributions,
     corrections,
     mixers,
@@ -26,6 +27,7 @@ __all__ = [
     "Law",
     "attacks",
     "check",
+    "codecs",
     "cohort",
     "contributions",
     "corrections",

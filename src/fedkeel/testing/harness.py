@@ -62,7 +62,7 @@ def sample(kind: str, name: str) -> Rule:
     """
     found = definition(kind, name)
     required = [p for p, spec in found.parameters.items() if spec.default is spec.empty]
-    for values in product((1, 2, 0.5, "*"), repeat=len(required)):
+    for values in product((1, 2, 0.5, "*", {"*": "float16"}), repeat=len(required)):
         try:
             return build(kind, name, **dict(zip(required, values, strict=True)))
         except InputError:

@@ -1,4 +1,5 @@
-/* fedkeel's compiled kernels: a local step's program of small operations, and selection networks over columns.
+/* fedkeel's compiled kernels: a local step's program of small operations, selection networks over columns, and what
+   codecs do to a row.
 
    Plain C with the vector types of GCC and Clang, one copy for each instruction set, chosen when it is loaded. Without
    a compiler the package works all the same: `kernels/native.py` says what is there. Never build it with -ffast-math:
@@ -92,6 +93,18 @@ typedef struct {
     float *out;
     const float *weights;
 } network;
+
+/* Runs of columns between `bounds` (count + 1 of them, the first 0), each with its factor, as small integers from
+   -levels to levels: a byte each, or two to a byte. A factor of 0 stands for a run of zeros. */
+typedef struct {
+    int64_t count, levels, stochastic, nibbles;
+    const int64_t *bounds;
+    const float *factor;
+    uint32_t low, high;
+} rounding;
+#define CODES 4096 /* columns at a time */
+typedef int32_t magnitude __attribute__((may_alias)); /* a float as its bits */
+
 #ifndef WIDTH
 #define WIDTH 128 /* columns at a time */
 #endif
@@ -156,19 +169,26 @@ typedef struct {
     double (*sq_norm)(const float *, int64_t);
     void (*select)(const network *, const float *const *, int64_t, int64_t, const float **, float *, float *);
     void (*gram)(const float *const *, int64_t, int64_t, int64_t, int64_t, float *, float *, double *);
+    void (*quantise)(const rounding *, const float *, uint8_t *);
+    void (*dequantise)(const rounding *, const uint8_t *, float *);
+    void (*peaks)(const float *, const int64_t *, int64_t, int32_t *);
+    int64_t (*above)(const float *, int64_t, int32_t, int64_t, uint32_t *);
 } functions;
 
+#define FUNCTIONS(set)                                                                                                \
+    {#set, run_##set, sq_norm_##set, select_##set, gram_##set, quantise_##set, dequantise_##set, peaks_##set, above_##set}
+
 static const functions *chosen;
-static const functions base = {"base", run_base, sq_norm_base, select_base, gram_base};
+static const functions base = FUNCTIONS(base);
 #if defined(__x86_64__)
-static const functions avx2 = {"avx2", run_avx2, sq_norm_avx2, select_avx2, gram_avx2};
-static const functions avx512 = {"avx512", run_avx512, sq_norm_avx512, select_avx512, gram_avx512};
+static const functions avx2 = FUNCTIONS(avx2);
+static const functions avx512 = FUNCTIONS(avx512);
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
-EXPORT int fedkeel_abi(void) { return 9; }
+EXPORT int fedkeel_abi(void) { return 10; }
 
 /* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
    is not there. */
@@ -229,3 +249,15 @@ EXPORT int fedkeel_gram(const float *const *rows, int64_t n, int64_t start, int6
     free(room);
     return 0;
 }
+
+/* codec.h has these. */
+EXPORT void fedkeel_quantise(const rounding *r, const float *x, uint8_t *out) { chosen->quantise(r, x, out); }
+EXPORT void fedkeel_dequantise(const rounding *r, const uint8_t *in, float *out) { chosen->dequantise(r, in, out); }
+EXPORT void fedkeel_peaks(const float *x, const int64_t *bounds, int64_t count, int32_t *out) {
+    chosen->peaks(x, bounds, count, out);
+}
+EXPORT int64_t fedkeel_above(const float *x, int64_t n, int64_t least, int64_t room, uint32_t *out) {
+    return chosen->above(x, n, (int32_t)least, room, out);
+}
+
+#include "bits.h"

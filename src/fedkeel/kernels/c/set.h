@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "step.h"
 #include "rows.h"
+#include "codec.h"
 
 #undef NAME
 #undef V
