@@ -67,7 +67,7 @@ def coordinator(clients: int, columns: int, repeats: int) -> dict[str, Any]:
     from fedkeel.core.keys import Key
     from fedkeel.core.layout import Layout
     from fedkeel.core.registry import build
-    from fedkeel.core.types import Claims, ServerState
+    from fedkeel.core.types import Claims, ClientMemory, ServerState
     from fedkeel.kernels import distance
     from fedkeel.round import device
     from fedkeel.round.coordinator import Coordinator, Train
@@ -96,7 +96,7 @@ def coordinator(clients: int, columns: int, repeats: int) -> dict[str, Any]:
     for repeat in range(repeats + 1):
         claims = [Claims(o.client, o.task, o.version, layout.digest, 20, 5) for o in orders]
         rows[:, 0] = repeat  # not the payload of the round before
-        messages = device.encode(rows, [Key(o.task) for o in orders], claims, plan, layout)
+        messages = device.send(rows, [Key(o.task) for o in orders], claims, ClientMemory(), plan, layout)
         start = time.perf_counter()
         commands: list[Any] = []
         for order, message in zip(orders, messages, strict=True):

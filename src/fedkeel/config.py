@@ -124,12 +124,16 @@ class Devices(Section):
     notice: Seconds = Field(0.0, description="seconds until the server learns that a client has dropped out")
 
 
+Level = Annotated[int, Field(ge=0, le=22)]
+
+
 class Client(Section):
     """What a client does to its update before it leaves."""
 
     transforms: tuple[str, ...] = Field((), description="in order: `fedkeel rules row_transform`")
     codec: str = Field("float32", description="`fedkeel rules codec`")
-    zstd: Annotated[int, Field(ge=0, le=22)] = Field(0, description="compression level of the payload, 0 for none")
+    zstd: Level = Field(0, description="compression level of the payload, 0 for none")
+    error_feedback: bool = Field(False, description="add what the codec loses of an update to the client's next one")
     labels: bool = Field(False, description="tell the server the shares of the classes, as the weigher trust uses them")
     label_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="scale of the Laplace noise on the counts behind those shares, not drawn from the seed"
@@ -167,6 +171,11 @@ class Server(Section):
     """How the model moves along the aggregate."""
 
     optimiser: str = Field("sgd", description="`fedkeel rules server_optimiser`")
+    codec: str = Field(
+        "float32",
+        description="of the model's way to the clients; other than float32: coded steps from the model that they have",
+    )
+    zstd: Level = Field(0, description="compression level of those steps, 0 for none")
     examples: Annotated[int, Field(ge=0)] = Field(
         0, description="examples that the server holds itself, taken from the clients' in proportion to the labels"
     )

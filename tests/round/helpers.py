@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import parse
-from fedkeel.core.types import Claims, ServerState
+from fedkeel.core.types import Claims, ClientMemory, ServerState
 from fedkeel.round import device
 from fedkeel.round.coordinator import Coordinator, Train
 from fedkeel.round.plan import Plan
@@ -64,4 +64,4 @@ def answer(
         "steps": steps,
         **claimed,
     }
-    return device.encode(row[None], [Key.root(order.task)], [Claims(**fields)], plan, layout)[0]
+    return device.send(row[None], [Key.root(order.task)], [Claims(**fields)], ClientMemory(), plan, layout)[0]

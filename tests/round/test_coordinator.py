@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.registry import build
-from fedkeel.core.types import RoundReport
+from fedkeel.core.types import Refusal, RoundReport
 from fedkeel.round.coordinator import Checkpoint, Command, Done, Evaluate, Record, Train, Wait
 from fedkeel.round.quarantine import Quarantine
 
@@ -55,6 +55,13 @@ class Federation(RuleBasedStateMachine):
         self.rounds, self.until = 3, until
         self.coordinator = make_coordinator(self.plan, CLIENTS, self.rounds, until=until or math.inf)
         self.random = random.Random(seed)
+        offer = self.coordinator.server.offer
+
+        def watched(*args, **options):
+            self.refusal = offer(*args, **options)
+            return self.refusal
+
+        self.coordinator.server.offer = watched
         self.now = 0.0
         self.given: list[Train] = []
         self.unanswered: dict[int, Train] = {}
@@ -84,8 +91,8 @@ class Federation(RuleBasedStateMachine):
                     assert command.round == len(self.reports) + isinstance(command, Evaluate) * (command.round > 0)
 
     def deliver(self, client: str, data: bytes, task: int | None) -> None:
-        before = self.coordinator.server.received, len(self.reports)
         over = self.over
+        self.refusal = Refusal("late", "end", "nobody looked at it")
         version = self.coordinator.server.state.version
         awaited = self.coordinator.server.awaits(client)
         commands = self.coordinator.on_message(client, data, self.now)
@@ -94,11 +101,7 @@ class Federation(RuleBasedStateMachine):
             assert self.coordinator.server.state.version == version
             return
         self.messages += 1
-        closed = [c.report for c in commands if isinstance(c, Record)]
-        admitted = self.coordinator.server.received > before[0] or any(
-            row.refusal is None and row.client == client for report in closed for row in report.clients
-        )
-        if admitted:
+        if self.refusal is None:
             assert task is not None
             self.admitted[task] += 1
         elif awaited and client not in (c.client for c in commands if isinstance(c, Train)):

@@ -22,6 +22,7 @@ class Roster:
 
     selected: how often each was given work; last: in which round, 0 for never. loss, examples, seconds: what its latest
     admitted answer claimed, and how long it took by the federation's clock; NaN before the first. busy: it is at work.
+    version: of the model that it was given last, -1 for none.
     """
 
     def __init__(
@@ -42,13 +43,15 @@ class Roster:
         self.busy = np.zeros(count, bool)
         self.selected, self.last = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.loss, self.examples, self.seconds = (np.full(count, np.nan, np.float32) for _ in range(3))
+        self.version = np.full(count, -1, np.int32)
         for name, values in (known or {}).items():
             getattr(self, name)[:] = values.numpy()
         self.given = np.bincount(self.group, self.selected, len(self.groups)).astype(np.int64)
 
-    def select(self, place: int, round: int) -> None:
-        """A client is given work."""
+    def select(self, place: int, round: int, version: int = 0) -> None:
+        """A client is given work on a model version."""
         self.busy[place] = True
+        self.version[place] = version
         self.selected[place] += 1
         self.last[place] = round
         self.given[self.group[place]] += 1
@@ -61,7 +64,7 @@ class Roster:
         """What to keep: copies."""
         return {
             name: torch.from_numpy(getattr(self, name).copy())
-            for name in ("selected", "last", "loss", "examples", "seconds")
+            for name in ("selected", "last", "version", "loss", "examples", "seconds")
         }
 
     def overdue(self, free: Whole, round: int, rows: int, longest: int) -> Whole:

@@ -267,7 +267,8 @@ class ServerState:
     `opt` holds vectors of the parameter columns, `control` what corrections have sent to the clients: vectors (P,) or
     dials; `kept` what stateful screens and weighers keep (rule as written -> name,
     mostly a client's -> vector); `trust` and `privacy` JSON values. `in_flight` is the work that is out, `bases` the
-    models that it began from, by version, where a rule looks back at them; `roster` what is known of the clients.
+    models that it began from, by version, where a rule looks back at them; `roster` what is known of the clients,
+    `downlink` the model that clients have, where that is coded.
     """
 
     theta: Tensor
@@ -282,6 +283,7 @@ class ServerState:
     in_flight: tuple[InFlight, ...] = ()
     bases: Mapping[int, Tensor] = field(default_factory=dict)
     roster: Mapping[str, Tensor] = field(default_factory=dict)
+    downlink: Mapping[str, Tensor] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> ServerState:
         return replace(self, **changes)

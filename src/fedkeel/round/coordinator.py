@@ -242,9 +242,9 @@ class Coordinator:
         commands: list[Command] = []
         for place in self._chosen(free, min(count, len(free)), number):
             client = self.roster.names[place]
-            task = self.server.give(client, now)
+            task = self.server.give(client, now, int(self.roster.version[place]))
             self._in_flight[client] = self.server.given(client)
-            self.roster.select(place, number)
+            self.roster.select(place, number, state.version)
             settled, turn = self.server.settled(client), self._turns[client]
             self._turns[client] += 1
             commands.append(Train(client, task, number, state.version, deadline, settled, turn))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.types import Claims, ClientMemory
+from fedkeel.kernels import distance
 from fedkeel.round import wire
 from fedkeel.round.plan import Plan
 
@@ -18,6 +20,7 @@ _draw = random.SystemRandom()
 CORRECTION = "correction/"
 """What a client's memory has before the names of corrections."""
 _PENDING = "pending/"
+_RESIDUAL = "residual"
 _TASK = _PENDING + "task"
 
 
@@ -62,9 +65,9 @@ def remember(
     control: Mapping[str, Tensor],
     round: int,
 ) -> None:
-    """What corrections make of the rows (n, P) that are about to be sent: pending until `recall` settles it.
+    """What corrections make of the rows (n, P) that the server will see: pending until `recall` settles it.
 
-    Of the rows as sent, so that the server, which sees no others, makes the same of them.
+    Of the rows as they arrive, so that the server, which sees no others, makes the same of them.
     """
     afters = {rule.name: after for rule in plan.corrections if (after := rule.hook("after"))}
     if not afters or plan.work is None:
@@ -105,10 +108,36 @@ def transform(
     return moved if params.stop == rows.shape[1] else torch.cat([moved, rows[:, params.stop :]], dim=1)
 
 
-def encode(rows: Tensor, keys: Sequence[Key], claims: Sequence[Claims], plan: Plan, layout: Layout) -> list[bytes]:
-    """Seal rows (n, P), one envelope each."""
+def send(
+    rows: Tensor,
+    keys: Sequence[Key],
+    claims: Sequence[Claims],
+    memory: ClientMemory,
+    plan: Plan,
+    layout: Layout,
+    control: Mapping[str, Tensor] | None = None,
+    round: int = 1,
+) -> list[bytes]:
+    """Seal rows (n, P), one envelope each, and keep what is to be kept of what arrives.
+
+    With error feedback what the codec loses of a row is added to the client's next one (Karimireddy et al. 2019,
+    algorithm 2), whether the update is used or not. A row that is not finite leaves nothing behind.
+    """
     name, codec = wire.built(plan.codec, layout)
+    if plan.error_feedback:
+        zero = torch.zeros(rows.shape[1])
+        rows = rows + torch.stack([memory.of(c.client).get(_RESIDUAL, zero) for c in claims])
     payloads = codec.encode(rows, [key.fold("codec") for key in keys])
+    arrived = rows
+    if not codec.lossless and (plan.error_feedback or plan.one_at_a_time):
+        arrived = torch.empty_like(rows)
+        for payload, out in zip(payloads, arrived, strict=True):
+            codec.decode(memoryview(payload), out)
+    if plan.error_feedback:
+        for claim, lost in zip(claims, rows - arrived, strict=True):
+            if math.isfinite(distance.sq_norm(lost)):
+                memory.keep(claim.client, {_RESIDUAL: lost})
+    remember(arrived, claims, memory, plan, control or {}, round)
     return [wire.seal(c, name, p, plan.zstd) for c, p in zip(claims, payloads, strict=True)]
 
 
@@ -122,10 +151,9 @@ def prepare(
     control: Mapping[str, Tensor] | None = None,
     round: int = 1,
 ) -> list[bytes]:
-    """Row transforms, what corrections keep, codec, envelope for rows (n, P) of the clients that `claims` name.
+    """Row transforms, error feedback, codec, envelope for rows (n, P) of the clients that `claims` name.
 
     `control` is what the server sent to the corrections with the model, `round` the round that it was sent in.
     """
     rows = transform(rows, keys, [c.client for c in claims], memory, plan, layout)
-    remember(rows, claims, memory, plan, control or {}, round)
-    return encode(rows, keys, claims, plan, layout)
+    return send(rows, keys, claims, memory, plan, layout, control, round)

@@ -35,17 +35,19 @@ class Minutes:
         known: bool,
     ) -> None:
         """A message of so many bytes that was not let in, and the task that it ended; `known`: the client has one."""
+        row = ClientRow(client, refusal, bytes_up=size) if update is None else described(update)
+        row = replace(row, client=client, refusal=refusal)
+        if ended is not None:  # there are no more of these than tasks
+            self._lines.append(_ended(row, ended, now))
+            return
         count, more = self._messages.get(client, (0, 0))
         over = count >= MESSAGES_KEPT or len(self._lines) >= self._most
         if count == 0 and over and not known:
             client = _OTHERS  # senders beyond counting: one line for all
             count, more = self._messages.get(client, (0, 0))
         self._messages[client] = (count + 1, more + size if over else 0)
-        if over and ended is None:
-            return
-        row = ClientRow(client, refusal, bytes_up=size) if update is None else described(update)
-        row = replace(row, client=client, refusal=refusal)
-        self._lines.append(row if ended is None else _ended(row, ended, now))
+        if not over:
+            self._lines.append(row)
 
     def lines(self) -> tuple[ClientRow, ...]:
         """All of them, floods last."""

@@ -20,7 +20,8 @@ class Plan:
 
     `cohort` clients are selected a round. Clients that tell their label shares tell those of `label_classes` classes;
     0: what they tell is ignored. `work` is what clients do, where the server needs to know; `population` how many there
-    are in all, at least the cohort. The constructor refuses combinations that can never close a round.
+    are in all, at least the cohort. `down` codes the model's way down; None: it is sent in full. The constructor
+    refuses combinations that can never close a round.
     """
 
     select: Rule
@@ -41,6 +42,9 @@ class Plan:
     work: LocalWork | None = None
     population: int = 0
     longest_wait: int | None = None
+    error_feedback: bool = False
+    down: Rule | None = None
+    down_zstd: int = 0
 
     def __post_init__(self) -> None:
         if self.cohort < 1:
@@ -176,6 +180,8 @@ class Plan:
     def steps(self) -> list[tuple[str, str]]:
         """(stage, rules) in order, for people."""
         codec = f"{self.codec!r} + zstd({self.zstd})" if self.zstd else repr(self.codec)
+        codec = f"error feedback, {codec}" if self.error_feedback else codec
+        down = f"{self.down!r} + zstd({self.down_zstd})" if self.down_zstd else repr(self.down)
         stages: list[tuple[str, tuple[object, ...]]] = [
             ("select", (f"{self.cohort} by {self.select!r}",)),
             ("schedule", (self.schedule,)),
@@ -190,6 +196,7 @@ class Plan:
             ("reduce", (self.reducer,)),
             ("value", (self.contribution,) if self.contribution else ()),
             ("optimise", (self.optimiser,)),
+            ("publish", (down,) if self.down else ()),
         ]
         return [(stage, ", ".join(map(str, rules))) for stage, rules in stages if rules]
 

@@ -34,6 +34,7 @@ from fedkeel.kernels import distance
 from fedkeel.round import wire
 from fedkeel.round.aggregate import Outcome, aggregate, per_step_, reduced, scale_of, sum_of
 from fedkeel.round.controls import first_control, next_control
+from fedkeel.round.downlink import Downlink
 from fedkeel.round.minutes import Minutes, described
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Book
@@ -84,6 +85,7 @@ class Server:
         self._given = {order.client: order for order in state.in_flight}
         self._outstanding = {client: order.task for client, order in self._given.items()}
         self._bases = dict(state.bases)
+        self._downlink = Downlink(plan.down, plan.down_zstd, layout, state.theta, state.downlink)
         self._sent = 0
         self._answered: set[int] = set()
         self._admitted: list[_Admitted] = []
@@ -97,12 +99,13 @@ class Server:
         """The state to checkpoint, right after a close: updates that lie in an open buffer are not in it."""
         trust = {"last_payload": dict(self._last_payload), "offences": self._book.to_json()}
         trust = {**self.state.trust, **trust}
-        return self.state.replace(trust=trust, in_flight=tuple(self._given.values()), bases=dict(self._bases))
+        out, bases = tuple(self._given.values()), dict(self._bases)
+        return self.state.replace(trust=trust, in_flight=out, bases=bases, downlink=self._downlink.state())
 
     @property
-    def bytes_down(self) -> int:
-        """What a client is sent to begin with: the model and what corrections take from the server, as float32."""
-        return 4 * (self.layout.columns + sum(c.numel() for c in self.state.control.values()))
+    def theta(self) -> Tensor:
+        """The model (P,) that clients are given."""
+        return self._downlink.theta(self.state.theta)
 
     def settled(self, client: str) -> int | None:
         """The latest of the client's tasks whose update was used, as far as corrections need to know."""
@@ -116,17 +119,21 @@ class Server:
         self._left_out = self._book.shut_out(clients, self.plan.least) if self._book else {}
         return self._left_out.keys()
 
-    def give(self, client: str, now: float = 0.0) -> int:
-        """A new task for the client: its answer, and no other, will be let in."""
+    def give(self, client: str, now: float = 0.0, have: int = -1) -> int:
+        """A new task for the client: its answer, and no other, will be let in. `have`: the model version that it has.
+
+        It is sent the model, and in full what corrections take from the server.
+        """
         state = self.state
-        task, sent = state.next_task, self.bytes_down
+        sent = self._downlink.bytes(have, state.version) + 4 * sum(c.numel() for c in state.control.values())
+        task = state.next_task
         self.state = state.replace(next_task=task + 1)
         self._given[client] = InFlight(client, task, state.round + 1, state.version, now, sent)
         self._outstanding[client] = task
         self._asked.add(client)
         self._sent += sent
         if self.plan.looks_back:
-            self._bases[state.version] = state.theta
+            self._bases[state.version] = self.theta
         return task
 
     def given(self, client: str) -> InFlight:
@@ -268,6 +275,8 @@ class Server:
                 skip = f"a rule raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if skip is not None:
                 self.state = before
+            else:
+                self._downlink.publish(self.state.theta, self._key.fold("downlink", self.state.version))
         report = RoundReport(
             self.state.round + 1,
             self.state.version,

@@ -81,6 +81,11 @@ def seal(claims: Claims, codec: str, payload: bytes | memoryview, zstd: int = 0)
     return b"".join((PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()), header, body))
 
 
+def packed_size(payload: bytes | memoryview, zstd: int) -> int:
+    """Bytes of a payload after zstd, at a level, 0 for none."""
+    return len(zstandard.ZstdCompressor(level=zstd).compress(payload)) if zstd else len(payload)
+
+
 def read(data: bytes | memoryview) -> Sealed:
     """The header of an envelope, every field checked. Its cost does not depend on the payload's size."""
     view = memoryview(data).cast("B") if len(data) else memoryview(b"")

@@ -34,14 +34,15 @@ def save(
 ) -> Path:
     """Write `directory/round-000010.safetensors` atomically and return its path.
 
-    It holds theta, opt/*, control/*, roster/*, bases/<version>, kept/<rule>/<name>, memory/<client>/<name> and
-    attached/* as tensors; version, round, work in flight, trust, privacy, the layout's digest and `extra` as JSON. A
-    kill at any moment, a full disk or a missing directory (`RunError`) leaves the checkpoints before it whole.
+    It holds theta, opt/*, control/*, roster/*, downlink/*, bases/<version>, kept/<rule>/<name>, memory/<client>/<name>
+    and attached/* as tensors; version, round, work in flight, trust, privacy, the layout's digest and `extra` as JSON.
+    A kill at any moment, a full disk or a missing directory (`RunError`) leaves the checkpoints before it whole.
     """
     content: dict[str, Tensor] = {"theta": state.theta}
     content |= {f"opt/{name}": value for name, value in state.opt.items()}
     content |= {f"control/{name}": value for name, value in state.control.items()}
     content |= {f"roster/{name}": value for name, value in state.roster.items()}
+    content |= {f"downlink/{name}": value for name, value in state.downlink.items()}
     content |= {f"bases/{version}": value for version, value in state.bases.items()}
     content |= {f"attached/{name}": value for name, value in (attached or {}).items()}
     for rule, values in state.kept.items():
@@ -88,7 +89,8 @@ def load(path: Path, *, layout_digest: str | None = None) -> Loaded:
         raise InputError(f"{path} is no checkpoint of format {_FORMAT}: choose one that this version of fedkeel wrote")
     if layout_digest is not None and info["layout"] is not None and info["layout"] != layout_digest:
         raise InputError(f"{path} holds a model of another layout: resume with the model that the run began with")
-    groups: dict[str, dict[str, Tensor]] = {"opt": {}, "control": {}, "roster": {}, "bases": {}, "attached": {}}
+    kinds = ("opt", "control", "roster", "bases", "downlink", "attached")
+    groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     held: dict[str, dict[str, Tensor]] = {}
     kept: dict[str, dict[str, Tensor]] = {}
     for key, value in content.items():
@@ -117,6 +119,7 @@ def load(path: Path, *, layout_digest: str | None = None) -> Loaded:
         in_flight=tuple(InFlight(*order) for order in info["in_flight"]),
         bases={int(version): theta for version, theta in groups["bases"].items()},
         roster=groups["roster"],
+        downlink=groups["downlink"],
     )
     return Loaded(state, memory, info["extra"], groups["attached"])
 

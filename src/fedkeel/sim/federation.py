@@ -19,7 +19,7 @@ from fedkeel.core.types import ClientMemory
 from fedkeel.round import device
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Quarantine
-from fedkeel.round.wire import MAX_NAME
+from fedkeel.round.wire import MAX_NAME, built
 from fedkeel.sim.composition import AUTO, choose
 from fedkeel.sim.devices import Devices
 from fedkeel.sim.evaluation import CLIENTS, GLOBAL
@@ -150,6 +150,8 @@ class Federation:
             referee = ServerExamples(module, layout, mine, work, apart_from)
         if not layout.columns:
             _check_alone(job, plan)
+        elif plan.error_feedback:
+            _check_error_feedback(plan, layout)
         plan.check_referee(referee is not None)
         chosen = None
         if job.aggregate.reduce == AUTO:
@@ -251,6 +253,22 @@ def _check_alone(job: Job, plan: Plan) -> None:
         )
 
 
+def _check_error_feedback(plan: Plan, layout: Layout) -> None:
+    """Refuse a codec of which nothing is left over, or that loses more than there is: what is left would pile up."""
+    _, codec = built(plan.codec, layout)
+    if codec.lossless:
+        raise InputError(f"client.error_feedback has nothing to add: '{plan.codec!r}' loses nothing; leave out one")
+    row = torch.randn(layout.columns, generator=Key.root(0).torch())
+    payload, arrived = codec.encode(row[None], [Key.root(0)])[0], torch.empty_like(row)
+    codec.decode(memoryview(payload), arrived)
+    lost = float((row - arrived).norm() / row.norm())
+    if not lost < 1:
+        raise InputError(
+            f"client.error_feedback piles up what '{plan.codec!r}' loses, which is {lost:.1f} times what it is given: "
+            "choose a codec that loses less (random_k: scaled=False), or leave out error_feedback"
+        )
+
+
 def _check_stopping(job: Job) -> None:
     for name in ("stopping", "private_first"):
         key = f"train.{name}"
@@ -325,6 +343,9 @@ def build_plan(job: Job) -> Plan:
         work=build_work(job),
         population=1 if job.data.pooled else job.data.clients,
         longest_wait=job.select.longest_wait,
+        error_feedback=job.client.error_feedback,
+        down=None if job.server.codec == "float32" else job.rule("server.codec", "codec"),
+        down_zstd=job.server.zstd,
     )
 
 

@@ -33,11 +33,11 @@ class Flight:
         self._bases: dict[Start, Base] = {}
         self._trained: dict[int, Outcome] = {}
 
-    def give(self, order: Train, ends: float, theta: Tensor, control: Mapping[str, Tensor]) -> None:
-        """Work that begins now and ends then."""
+    def give(self, order: Train, ends: float, base: Base) -> None:
+        """Work that begins now, with that, and ends then."""
         start = order.version, order.round
         self._waiting.setdefault(start, {})[order.task] = order
-        self._bases.setdefault(start, Base(theta, control))
+        self._bases.setdefault(start, base)
         self.clock.expect(ends, order)
 
     def take(self, order: Train) -> tuple[list[Train], Base]:
@@ -103,7 +103,8 @@ class Flight:
             order = Train(**row["order"])
             if outcome is None:
                 start = order.version, order.round
-                flight.give(order, row["at"], tensors["theta/{}/{}".format(*start)], controls.get(start, {}))
+                theta = tensors["theta/{}/{}".format(*start)]
+                flight.give(order, row["at"], Base(theta, controls.get(start, {})))
             else:
                 flight.clock.expect(row["at"], order)
                 flight.keep(outcome)

@@ -142,15 +142,14 @@ class Simulator:
 
     def _begin(self, given: Sequence[orders.Train]) -> None:
         """Put work on the clock. Where its time depends on its steps, it is done now to know them."""
-        devices, state, sent = self.federation.devices, self.server.state, self.server.bytes_down
+        devices = self.federation.devices
+        base = Base(self.server.theta, self.server.state.control)
         found: dict[int, tuple[Outcome, int]] = {}
         if devices.by_steps and given:
-            found = {
-                outcome.task: (outcome, steps)
-                for outcome, steps in self._train(given, Base(state.theta, state.control))
-            }
+            found = {outcome.task: (outcome, steps) for outcome, steps in self._train(given, base)}
         for order in given:
             outcome, steps = found.get(order.task, (None, 0))
+            sent = self.server.given(order.client).bytes_down
             trip = devices.trip(order.client, order.task, self._now, sent, steps)
             if trip.lost is not None:
                 lost = Outcome(order.client, order.task, None, "its device dropped out", lost=True)
@@ -159,7 +158,7 @@ class Simulator:
                 self._flight.keep(outcome)
                 self._flight.clock.expect(trip.ends, order)
             else:
-                self._flight.give(order, trip.ends, state.theta, state.control)
+                self._flight.give(order, trip.ends, base)
 
     def _finish(self, order: orders.Train) -> bool:
         """A client's work ends: train it with all that started alike, and send what came of it.
@@ -276,10 +275,11 @@ class Simulator:
         clients = [c.client for c in claims]
         row_keys = [keys[c] for c in clients]
         rows = device.transform(rows, row_keys, clients, self.memory, federation.plan, federation.layout)
-        device.remember(rows, claims, self.memory, federation.plan, control, round)
         rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
-            sealed = device.encode(rows[i : i + 1], [row_keys[i]], [claim], federation.plan, federation.layout)
+            plan, layout = federation.plan, federation.layout
+            row, key = rows[i : i + 1], row_keys[i]
+            sealed = device.send(row, [key], [claim], self.memory, plan, layout, control, round)
             yield Outcome(claim.client, claim.task, sealed[0]), claim.steps
 
     def _task(self, client: str, key: Key) -> Task:
