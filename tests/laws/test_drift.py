@@ -225,12 +225,14 @@ def mean_kept(simulator: Simulator, state: ServerState) -> Tensor:
     return total / CLIENTS
 
 
-def test_the_servers_control_is_the_mean_of_the_clients_where_updates_are_refused_and_clients_sampled() -> None:
-    """The invariant that SCAFFOLD's fixed point rests on: c = mean(c_i), whatever is lost on the way."""
+@pytest.mark.parametrize("codec", ["float32", "int4", "top_k(share=0.34)"])
+def test_the_servers_control_is_the_mean_of_the_clients_where_updates_are_refused_and_clients_sampled(codec) -> None:
+    """The invariant that SCAFFOLD's fixed point rests on: c = mean(c_i), whatever is lost on the way, bits included."""
     simulator, state = simulate(
         37,
         **corrected("scaffold"),
         select={"cohort": 3},
+        client={"codec": codec},
         aggregate={"checks": ("claims", "finite", "norm_bound(limit=1.2)")},
     )
     assert simulator.recorder.refused > 5
