@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,7 @@ def from_unary(data: Bytes, count: int) -> Numbers:
     return out
 
 
+@lru_cache(maxsize=1024)
 def gap_width(count: int, columns: int) -> int:
     """The bits of a gap that are kept as they are: the best number for `count` positions spread evenly over columns."""
     if not count:

@@ -32,7 +32,7 @@ _MENU: tuple[tuple[str, float], ...] = (
     ("float16", 1),
     ("float32", 1),
     *(
-        (f"top_k(share={share}, values='{values}')", 1 / share)
+        (f"top_k(share={share}, values='{values}')", 4 / share)
         for share in (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
         for values in ("sign", "int4", "int8")
     ),
@@ -130,13 +130,13 @@ def adaptive(
     """Within a number of bytes, for each tensor of each row the codec that leaves the least squared error in all.
 
     The bytes are those of float32 / `ratio`, at least one a tensor, or `bytes`. Each tensor is tried with each of a
-    menu: left out, sign, int4, int8, float16, float32, top_k at ten shares from 0.0002 to 0.2 (where that is a column
-    or more) with its values as signs, int4 or int8. Of what each takes and the error it leaves, the lower convex hull;
-    then from nothing, again and again, the step that takes off most error a byte and fits (greedy, Everett 1963), and
-    with what room is left whatever of the menu still betters a tensor.
-    Deterministic, so for use with error feedback; the stated bound is the error itself. Payload: a byte for each tensor
-    that has columns, 0 left out (zeros), 255 not finite (NaN), else its number in the menu; then the parts' payloads,
-    ahead of a top_k its length in 8 bytes.
+    menu: left out, sign, int4, int8, float16, float32, top_k at ten shares from 0.0002 to 0.2 (where that is four
+    columns or more) with its values as signs, int4 or int8. Of what each takes and the error it leaves, the lower
+    convex hull; then from nothing, again and again, the step that takes off most error a byte and fits (greedy, Everett
+    1963), and with what room is left whatever of the menu still betters a tensor. Deterministic, so for use with error
+    feedback; the stated bound is the error itself. Payload: a byte for each tensor that has columns, 0 left out
+    (zeros), 255 not finite (NaN), else its number in the menu; then the parts' payloads, ahead of a top_k its length in
+    8 bytes.
     """
     tensors = [columns for _, columns in shared(layout)]
     if bytes is not None and bytes < len(tensors):
