@@ -2,8 +2,8 @@
 `python benchmarks/compression.py` goes on where it was stopped; figures lie in benchmarks/results/compression.jsonl.
 
 100 clients, Dirichlet(0.3), ten a round, 100 rounds of one local epoch in batches of 20 at 0.05 (the MLP, 200,000
-parameters) and at 0.05 (the LeNet of NIID-Bench, 44,000). Everything is the same but the codec; those that are biased or
-low have error feedback. Bytes are those of whole envelopes, headers included. Accuracy is the mean of the last five
+parameters) and at 0.05 (the LeNet of NIID-Bench, 44,000). Everything is the same but the codec; those that are biased
+or low have error feedback. Bytes are those of whole envelopes, headers included. Accuracy is the mean of the last five
 evaluations, every second round.
 """
 
@@ -108,7 +108,9 @@ def table(rows: list[resumable.Cell]) -> str:
 
 def main() -> None:
     def line(row: resumable.Cell) -> str:
-        return f"{row['model']}, {row['codec']}, seed {row['seed']}: {row['accuracy']}, {row['up']} B ({row['seconds']} s)"
+        return (
+            f"{row['model']}, {row['codec']}, seed {row['seed']}: {row['accuracy']}, {row['up']} B ({row['seconds']} s)"
+        )
 
     resumable.run(__doc__, cells(), ("seed", "model", "codec"), measure, RESULTS, line)
 

@@ -28,14 +28,18 @@ def job(**sections) -> Job:
         "train": {"workers": 1},
         "record": {"checkpoint_every": 2},
     }
-    return Job(**{**values, **{k: {**values.get(k, {}), **v} if isinstance(v, dict) else v for k, v in sections.items()}})
+    return Job(
+        **{**values, **{k: {**values.get(k, {}), **v} if isinstance(v, dict) else v for k, v in sections.items()}}
+    )
 
 
 def claims(task: int, client: str = "a") -> Claims:
     return Claims(client, task, 0, LAYOUT.digest, 1, 1)
 
 
-@pytest.mark.parametrize("codec", ["top_k(share=0.05, values='int8')", "int4", "sign", "random_k(share=0.2, scaled=False)"])
+@pytest.mark.parametrize(
+    "codec", ["top_k(share=0.05, values='int8')", "int4", "sign", "random_k(share=0.2, scaled=False)"]
+)
 def test_with_error_feedback_all_that_was_meant_arrives_sooner_or_later(codec):
     """What arrived plus what is still owed is what was sent, client by client."""
     plan = build_plan(job(client={"codec": codec, "error_feedback": True}))
@@ -125,7 +129,9 @@ def test_the_ledger_counts_what_went_down(tmp_path):
     plain = fedkeel.run(job(rounds=4), tmp_path / "plain", with_report=False)
     assert all(row["bytes_down"] == 8 * 4 * columns for row in plain.rounds)
     assert abs(done.final()["value"] - plain.final()["value"]) < 0.03
-    assert ["publish", "int8(per='tensor', stochastic=True)"] in [list(step) for step in Federation.of(done.job).plan.steps]
+    assert ["publish", "int8(per='tensor', stochastic=True)"] in [
+        list(step) for step in Federation.of(done.job).plan.steps
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["sync", "fedbuff(buffer=3)"])
