@@ -70,9 +70,12 @@ def by_device(pool: Pool, clients: int, key: Key) -> Split:
 
 
 def cells() -> Iterator[resumable.Cell]:
-    for seed in range(3):
-        for data in DATA:
-            yield from ({"seed": seed, "data": data, "method": method} for method in METHODS)
+    """What is run, in order of interest."""
+    first = (SYNC, "fedbuff", "fedbuff, even_share")
+    for methods in (first, [method for method in METHODS if method not in first]):
+        for seed in range(3):
+            for data in DATA:
+                yield from ({"seed": seed, "data": data, "method": method} for method in methods)
 
 
 def job(cell: resumable.Cell) -> fedkeel.Job:

@@ -56,6 +56,9 @@ class Train(Section):
     lr_schedule: str = Field("constant", description="factor of lr over the rounds: `fedkeel rules rate`")
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
+    interval: str = Field(
+        "fixed", description="how a client's steps change from update to update: `fedkeel rules interval`"
+    )
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of each client's examples that it does not train on, to tell its loss by"
     )
@@ -114,6 +117,9 @@ class Devices(Section):
     )
     classes: Mapping[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], DeviceClass] = Field(
         {}, description="your own classes instead: {phone = {share = 3, time = 4.0, up = 250000}}"
+    )
+    file: str | None = Field(
+        None, description="CSV file of single devices: client, and any of class, time, up, down, dropout"
     )
     round_seconds: Seconds = Field(1.0, description="seconds of a round's local work on a device of time 1")
     step_seconds: Seconds = Field(0.0, description="and of each of its steps")

@@ -238,3 +238,72 @@ def test_every_task_and_byte_is_in_the_ledger(tmp_path):
     used = [row for row in done.updates if row["stage"] is None]
     assert all(row["seconds"] > 0 and row["bytes_up"] > 0 for row in used)
     assert len(used) == 8 * 3
+
+
+def test_single_devices_come_from_a_file(tmp_path):
+    file = tmp_path / "devices.csv"
+    file.write_text("client,class,time,up,dropout\nclient-000,old,9.5,,\nclient-001,,,250,0.5\n")
+    found = devices(classes={"new": {"time": 2.0}}, file=str(file))
+    assert found.trip("client-000", 0, 0.0, 10**6).ends == 9.5
+    assert found.trip("client-002", 0, 0.0, 0).ends == 2.0
+    assert found.arrival("client-001", 1.0, 500) == 3.0
+    assert found.arrival("client-000", 1.0, 500) == 1.0
+    assert {found.of[name] for name in NAMES[2:]} == {"new"}
+    assert found.of["client-000"] == "old"
+    assert not found.level
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("client,speed\nclient-000,3\n", "column 'speed'"),
+        ("time\n3\n", "line 2: there is no client 'None'"),
+        ("client,time\nnobody,3\n", "line 2: there is no client 'nobody'"),
+        ("client,time\nclient-000,-3\n", "line 2: .*time"),
+        ("client,time\nclient-000,fast\n", "line 2: .*could not convert"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_devices_that_can_not_be_read_is_refused_with_its_line(tmp_path, text, words):
+    file = tmp_path / "devices.csv"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=words):
+        devices(file=str(file))
+
+
+def test_agreement_lengthens_what_agrees_and_shortens_what_stalls():
+    rule = build("interval", "agreement", agree=0.5, stall=0.1, change=2.0, most=4.0, least=0.25)
+    nan = math.nan
+    assert rule(1.0, 0.6, nan, 1.0) == 2.0
+    assert rule(4.0, 0.6, 2.0, 1.0) == 4.0
+    assert rule(1.0, 0.4, 2.0, 1.0) == 1.0
+    assert rule(1.0, 0.9, 1.0, 0.95) == 0.5
+    assert rule(0.25, 0.9, 1.0, 1.2) == 0.25
+    assert build("interval", "fixed")(3.0, 0.9, 1.0, 0.5) == 1.0
+
+
+def test_intervals_adapt_client_by_client_and_survive_an_interruption(tmp_path):
+    sections = {
+        "rounds": 8,
+        "data": {"clients": 12, "partition": "shards(classes_per_client=2)", "holdout": 0.2},
+        "train": {"interval": "agreement(agree=0.2, change=1.5)", "stopping": "budget(steps=8)"},
+        "devices": {"profile": "equal"},
+    }
+    whole = fedkeel.run(job(**sections), tmp_path / "whole", with_report=False)
+    steps = {}
+    for row in whole.updates:
+        steps.setdefault(row["round"], set()).add(row["steps"])
+    assert steps[1] == {8}
+    assert len(steps[8]) > 1
+    assert max(steps[8]) <= 32
+
+    def stop(progress):
+        if progress.round == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(fedkeel.InterruptedRunError):
+        fedkeel.run(job(**sections), tmp_path / "broken", watch=stop, with_report=False)
+    assert fedkeel.resume(tmp_path / "broken", with_report=False).updates == whole.updates
+    with pytest.raises(InputError, match="scales the steps of train.stopping = 'budget"):
+        fedkeel.run(job(**{**sections, "train": {"interval": "agreement"}}), tmp_path / "no")

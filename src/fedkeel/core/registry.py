@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "objective": ("(local) -> (losses to descend, losses (B,) to report)", "fedkeel.rules.objective"),
     "optimiser": ("(theta, g, slots, t, lr) -> None, in place", "fedkeel.rules.optimiser"),
     "stopping": ("(num_examples, batch_size, losses) -> steps wanted in all", "fedkeel.rules.stop"),
+    "interval": ("(factor, cosine, before, loss) -> factor of the steps", "fedkeel.rules.interval"),
     "rate": ("(round, rounds) -> factor of the learning rate", "fedkeel.rules.rate"),
     "row_transform": ("(U, keys, memory) -> (U, memory)", "fedkeel.rules.rows"),
     "codec": ("(layout) -> Codec", "fedkeel.rules.codec"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkeel.core.errors import InputError
 
+_KEPT = ("selected", "last", "version", "loss", "before", "examples", "seconds", "factor")
 Floats = NDArray[np.float32]
 Whole = NDArray[np.int64]
 
@@ -22,7 +23,8 @@ class Roster:
 
     selected: how often each was given work; last: in which round, 0 for never. loss, examples, seconds: what its latest
     admitted answer claimed, and how long it took by the federation's clock; NaN before the first. busy: it is at work.
-    version: of the model that it was given last, -1 for none.
+    version: of the model that it was given last, -1 for none. before: the loss of the answer before the latest. factor:
+    of the steps of its next task.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class Roster:
         self.sizes = np.bincount(self.group, minlength=len(self.groups))
         self.busy = np.zeros(count, bool)
         self.selected, self.last = np.zeros(count, np.int32), np.zeros(count, np.int32)
-        self.loss, self.examples, self.seconds = (np.full(count, np.nan, np.float32) for _ in range(3))
+        self.loss, self.before, self.examples, self.seconds = (np.full(count, np.nan, np.float32) for _ in range(4))
+        self.factor = np.ones(count, np.float32)
         self.version = np.full(count, -1, np.int32)
         for name, values in (known or {}).items():
             getattr(self, name)[:] = values.numpy()
@@ -58,14 +61,12 @@ class Roster:
 
     def answered(self, place: int, seconds: float, examples: float, loss: float) -> None:
         """A client's answer was let in."""
+        self.before[place] = self.loss[place]
         self.seconds[place], self.examples[place], self.loss[place] = seconds, examples, loss
 
     def state(self) -> dict[str, Tensor]:
         """What to keep: copies."""
-        return {
-            name: torch.from_numpy(getattr(self, name).copy())
-            for name in ("selected", "last", "version", "loss", "examples", "seconds")
-        }
+        return {name: torch.from_numpy(getattr(self, name).copy()) for name in _KEPT}
 
     def overdue(self, free: Whole, round: int, rows: int, longest: int) -> Whole:
         """Those of the free clients who must be given work now if nobody is to wait for more than `longest` rounds.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
+from fedkeel.core.registry import Rule
 from fedkeel.core.roster import Candidates, Roster
 from fedkeel.core.types import InFlight, Refusal, RoundReport, ServerState, View
 from fedkeel.round.plan import Plan
@@ -24,7 +25,8 @@ class Train:
     """Have the client train from the model version; its answer carries the task. `deadline` in seconds, or None.
 
     Rounds count from 1. `settled` is the latest of its tasks whose update was used: what its corrections made of that
-    one is what they keep (`device.recall`). `turn` counts the client's tasks of this round, from 0.
+    one is what they keep (`device.recall`). `turn` counts the client's tasks of this round, from 0. `factor` scales its
+    steps, where the stopping rule goes by the device's speed.
     """
 
     client: str
@@ -34,6 +36,7 @@ class Train:
     deadline: float | None
     settled: int | None = None
     turn: int = 0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class Done:
     reason: str
 
 
+MOST_STRETCH = 64.0
+"""The most that an interval rule lengthens or shortens a client's work by."""
 Command = Train | Record | Evaluate | Checkpoint | Wait | Done
 
 
@@ -89,9 +94,9 @@ class Presence(Protocol):
 class Coordinator:
     """Gives out work, lets answers in, closes rounds when its scheduler says so, for `rounds` rounds.
 
-    `now` is the caller's clock in seconds and never runs backwards; at `until` the last round closes, if not before.
-    Every method returns the commands to carry out, in order. A skipped round counts, so the run always ends; a message
-    after the end changes nothing. A server whose state has work in flight goes on with it.
+    `now` is the caller's clock in seconds and never runs backwards; at `until` the round that is open is skipped, and
+    the last. Every method returns the commands to carry out, in order. A skipped round counts, so the run always ends;
+    a message after the end changes nothing. A server whose state has work in flight goes on with it.
     """
 
     def __init__(
@@ -192,8 +197,9 @@ class Coordinator:
                 return [*commands, Done(f"{self.rounds} rounds are done")]
             if now >= self._until:
                 self._over = True
-                short = None if self.server.received else "the time was over"
-                return [*commands, *self._close(now, short, last=True), Done(f"{self._until:g} seconds are over")]
+                # What has come of a round is who is fast: no model moves by that.
+                why = f"{self._until:g} seconds are over"
+                return [*commands, *self._close(now, f"{why}, and the round was open", last=True), Done(why)]
             decision = self.plan.schedule(self._view(now))
             if decision.close:
                 commands += self._close(now, decision.skip)
@@ -247,7 +253,8 @@ class Coordinator:
             self.roster.select(place, number, state.version)
             settled, turn = self.server.settled(client), self._turns[client]
             self._turns[client] += 1
-            commands.append(Train(client, task, number, state.version, deadline, settled, turn))
+            factor = float(self.roster.factor[place])
+            commands.append(Train(client, task, number, state.version, deadline, settled, turn, factor))
         self._started += len(commands)
         return commands
 
@@ -270,6 +277,15 @@ class Coordinator:
             )
         return [*first, *free[chosen].tolist()]
 
+    def _stretch(self, rule: Rule, report: RoundReport) -> None:
+        """How long those whose updates were used will work the next time."""
+        roster = self.roster
+        for row in report.clients:
+            if row.weight > 0 and row.cosine is not None:
+                place = roster.index[row.client]
+                known = float(roster.factor[place]), row.cosine, float(roster.before[place]), float(roster.loss[place])
+                roster.factor[place] = min(max(float(rule(*known)), 1 / MOST_STRETCH), MOST_STRETCH)
+
     def _close(self, now: float, skip: str | None, *, last: bool = False) -> list[Command]:
         last = last or self.server.state.round + 1 >= self.rounds
         if last or self.plan.max_staleness == 0:  # nothing that comes later could be used
@@ -277,6 +293,8 @@ class Coordinator:
                 why = f"no answer within {now - order.since:g} s"
                 self._abandon(client, Refusal("late", "end" if last else "deadline", why), now)
         report = self.server.close(now, skip)
+        if self.plan.interval is not None:
+            self._stretch(self.plan.interval, report)
         self.roster.busy[self._resting] = False
         self._resting.clear()
         self._turns.clear()

@@ -42,6 +42,7 @@ class Plan:
     work: LocalWork | None = None
     population: int = 0
     longest_wait: int | None = None
+    interval: Rule | None = None
     error_feedback: bool = False
     down: Rule | None = None
     down_zstd: int = 0
@@ -186,6 +187,7 @@ class Plan:
             ("select", (f"{self.cohort} by {self.select!r}",)),
             ("schedule", (self.schedule,)),
             ("train", (self.work.optimiser, *self.corrections) if self.work and self.corrections else ()),
+            ("interval", (self.interval,) if self.interval else ()),
             ("transform", self.transforms),
             ("encode", (codec,)),
             ("check", self.checks),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 
 from fedkeel.config import DeviceClass, Job
-from fedkeel.core.errors import InputError
+from fedkeel.core.errors import InputError, nearest
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import parse
 from fedkeel.sim.availability import Availability, Mask
@@ -43,18 +45,26 @@ class Devices:
         self._key = key.fold("trip")
         self.classes = _classes(section.profile, section.classes)
         self._place = {name: i for i, name in enumerate(names)}
-        kinds = list(self.classes)
         self._class = _assigned(self.classes, names, key.fold("classes"))
-        self.of = {name: kinds[self._class[i]] for name, i in self._place.items()} if len(kinds) > 1 else {}
-        self._kinds = tuple(self.classes.values())
+        kinds = tuple(self.classes.values())
+        # One place a client; no bandwidth is a message that takes no time.
+        self._time, self._up, self._down, self._dropout = (
+            np.array([getattr(kind, name) or missing for kind in kinds])[self._class]
+            for name, missing in (("time", 1.0), ("up", math.inf), ("down", math.inf), ("dropout", 0.0))
+        )
+        labels = np.array(list(self.classes))[self._class].tolist()
+        if section.file is not None:
+            self._read(Path(section.file), labels)
+        self.of = dict(zip(names, labels, strict=True)) if len(set(labels)) > 1 else {}
         self._presence = [
             (members, self._availability(kind, [names[i] for i in members.tolist()], key.fold("available", name)))
             for at, (name, kind) in enumerate(self.classes.items())
             if len(members := np.flatnonzero(self._class == at))
         ]
-        self.leave = any(kind.available != "always" for kind in self._kinds)
+        self.leave = any(kind.available != "always" for kind in kinds)
         self._mask, self._from, self._until = np.ones(len(names), bool), -math.inf, -math.inf
-        plain = all((k.up, k.down, k.dropout, k.time) == (None, None, 0, self._kinds[0].time) for k in self._kinds)
+        free = not bool((np.isfinite(self._up) | np.isfinite(self._down) | (self._dropout > 0)).any())
+        plain = free and bool((self._time == self._time[0]).all())
         self.level = plain and not (section.jitter or section.latency or self.leave or section.step_seconds)
         """Whether every task takes the same time, whatever is sent."""
 
@@ -65,14 +75,37 @@ class Devices:
             raise InputError(f"devices.classes: {error}") from None
         return found
 
-    def kind(self, client: str) -> DeviceClass:
-        """The class of a client's device."""
-        found: DeviceClass = self._kinds[self._class[self._place[client]]]
-        return found
+    def _read(self, path: Path, labels: list[str]) -> None:
+        """Single devices, over what their classes say. Raises `InputError` naming the line."""
+        figures = {"time": self._time, "up": self._up, "down": self._down, "dropout": self._dropout}
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = csv.DictReader(file, restkey="")
+                if unknown := {"client", *(rows.fieldnames or ())} - {"client", "class", *figures}:
+                    raise InputError(
+                        f"devices.file '{path}' has column '{min(unknown)}': {nearest(min(unknown), figures)}"
+                    )
+                for number, row in enumerate(rows, 2):
+                    place = self._place.get(row.get("client") or "")
+                    if place is None:
+                        raise InputError(
+                            f"devices.file '{path}', line {number}: there is no client '{row.get('client')}'"
+                        )
+                    labels[place] = row.get("class") or labels[place]
+                    given = {name: value for name in figures if (value := row.get(name))}
+                    try:
+                        kind = DeviceClass.model_validate({name: float(value) for name, value in given.items()})
+                    except ValueError as error:
+                        said = str(error).splitlines()
+                        raise InputError(f"devices.file '{path}', line {number}: {given} ({said[0]})") from None
+                    for name in given:
+                        figures[name][place] = getattr(kind, name)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"devices.file '{path}' cannot be read ({error}): name a CSV file") from None
 
     def speed(self, client: str) -> float:
         """Local work in a time, relative to a device of time 1."""
-        return 1 / self.kind(client).time
+        return 1 / float(self._time[self._place[client]])
 
     # -- presence, as the coordinator asks for it
 
@@ -99,19 +132,18 @@ class Devices:
 
     def trip(self, client: str, task: int, now: float, bytes_down: int, steps: int = 0) -> Trip:
         """When a task that is given out now will be done; steps only count where they take time."""
-        kind, section, key = self.kind(client), self._section, self._key
-        work = kind.time * (section.round_seconds + section.step_seconds * steps)
+        place, section, key = self._place[client], self._section, self._key
+        work = float(self._time[place]) * (section.round_seconds + section.step_seconds * steps)
         if section.jitter:
             work *= math.exp(section.jitter * _NORMAL.inv_cdf(_uniform(key.fold(task, "jitter"))))
-        began = now + section.latency + (bytes_down / kind.down if kind.down else 0.0)
-        if kind.dropout and _uniform(key.fold(task, "dropout")) < kind.dropout:
+        began = now + section.latency + bytes_down / float(self._down[place])
+        if self._dropout[place] and _uniform(key.fold(task, "dropout")) < self._dropout[place]:
             return Trip(math.inf, began + work * _uniform(key.fold(task, "moment")) + section.notice)
         return Trip(began + work)
 
     def arrival(self, client: str, done: float, size: int) -> float:
         """When an answer of so many bytes is at the server."""
-        up = self.kind(client).up
-        return done + self._section.latency + (size / up if up else 0.0)
+        return done + self._section.latency + size / float(self._up[self._place[client]])
 
     @property
     def by_steps(self) -> bool:

@@ -216,7 +216,7 @@ class Simulator:
         slots = {o.client: i for i, o in enumerate(starting)}
         for order in starting:
             device.recall(order.client, order.settled, self.memory)
-        tasks = [self._task(o.client, keys[o.client]) for o in starting]
+        tasks = [self._task(o, keys[o.client]) for o in starting]
         round, control = starting[0].round, base.control
         self._tune(round)
         for done in self.trainer.train(base.theta, tasks, control):
@@ -282,12 +282,14 @@ class Simulator:
             sealed = device.send(row, [key], [claim], self.memory, plan, layout, control, round)
             yield Outcome(claim.client, claim.task, sealed[0]), claim.steps
 
-    def _task(self, client: str, key: Key) -> Task:
+    def _task(self, order: orders.Train, key: Key) -> Task:
+        client = order.client
         memory = self.memory.of(client)
         kept = {r.name: memory.get(device.CORRECTION + r.name) for r in self.federation.work.corrections}
         known = {name: vector for name, vector in kept.items() if vector is not None}
         own = memory.get("private", self._private)
-        return Task(self._index[client], key, own, known, self.federation.devices.speed(client))
+        speed = order.factor * self.federation.devices.speed(client)
+        return Task(self._index[client], key, own, known, speed)
 
     def _claims(self, order: orders.Train, done: Trained) -> Claims:
         digest = self.federation.layout.digest
