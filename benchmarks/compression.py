@@ -32,11 +32,19 @@ CODECS: dict[str, dict[str, object]] = {
     "top_k 1%": {"codec": "top_k(share=0.01)", "error_feedback": True},
     "top_k 10%, int4": {"codec": "top_k(share=0.1, values='int4')", "error_feedback": True},
     "top_k 3%, int4": {"codec": "top_k(share=0.03, values='int4')", "error_feedback": True},
-    "adaptive 50x": {"codec": "adaptive(ratio=50)", "error_feedback": True},
-    "adaptive 100x": {"codec": "adaptive(ratio=100)", "error_feedback": True},
+    "top_k 35%, int8": {"codec": "top_k(share=0.35, values='int8')", "error_feedback": True},
+    "adaptive(50)": {"codec": "adaptive(ratio=50)", "error_feedback": True},
+    "adaptive(55)": {"codec": "adaptive(ratio=55)", "error_feedback": True},
+    "adaptive(100)": {"codec": "adaptive(ratio=100)", "error_feedback": True},
+    "adaptive(115)": {"codec": "adaptive(ratio=115)", "error_feedback": True},
+    "adaptive(55), int8 down": {"codec": "adaptive(ratio=55)", "error_feedback": True, "down": "int8"},
 }
-DOWN = "adaptive 50x, int8 down"
-CODECS[DOWN] = {**CODECS["adaptive 50x"], "down": "int8"}
+FIRST = (PLAIN, "int8", "top_k 35%, int8", "adaptive(55)", "adaptive(115)")
+ALL, SAMPLED = "all of 20", "10 of 100"
+SETTINGS: dict[str, dict[str, dict[str, object]]] = {
+    ALL: {"data": {"clients": 20}, "train": {"stopping": "steps(steps=27)"}},
+    SAMPLED: {"data": {"clients": 100}, "select": {"cohort": 10}},
+}
 MODELS = {
     "MLP": {"model": {"build": "mlp(hidden=(200, 200))"}, "train": {"lr": 0.05}},
     "CNN": {"model": {"build": "lenet"}, "train": {"lr": 0.05}},
@@ -44,24 +52,26 @@ MODELS = {
 
 
 def cells() -> Iterator[resumable.Cell]:
-    for seed in range(3):
-        for model in MODELS:
-            yield from ({"seed": seed, "model": model, "codec": codec} for codec in CODECS)
+    """What is run, in order of interest."""
+    for setting, codecs, seeds in ((ALL, FIRST, 3), (ALL, CODECS, 1), (SAMPLED, CODECS, 3)):
+        for seed in range(seeds):
+            for model in MODELS:
+                yield from ({"seed": seed, "setting": setting, "model": model, "codec": codec} for codec in codecs)
 
 
 def job(cell: resumable.Cell) -> fedkeel.Job:
     """The job of one cell."""
-    model = MODELS[str(cell["model"])]
+    model, setting = MODELS[str(cell["model"])], SETTINGS[str(cell["setting"])]
     client = dict(CODECS[str(cell["codec"])])
     down = client.pop("down", "float32")
     return fedkeel.Job(
         name="compression",
         seed=cell["seed"],
         rounds=ROUNDS,
-        data={"source": "fashion_mnist", "partition": "dirichlet(alpha=0.3)", "clients": 100},
+        data={"source": "fashion_mnist", "partition": "dirichlet(alpha=0.3)", **setting["data"]},
         model=model["model"],
-        train={"batch_size": 20, "workers": 1, "backend": "native", **model["train"]},
-        select={"cohort": 10},
+        train={"batch_size": 20, "workers": 1, "backend": "native", **model["train"], **setting.get("train", {})},
+        select=setting.get("select", {}),
         client=client,
         server={"codec": down},
         record={"evaluate_every": 2, "checkpoint_every": ROUNDS},
@@ -88,22 +98,28 @@ def table(rows: list[resumable.Cell]) -> str:
     """Means over seeds with 95% intervals; differences to float32 are paired by seed."""
     heads = ("up, x less", "down, x less", "accuracy, %", "points over float32", "seeds")
     out = []
-    for model in MODELS:
-        out += ["", f"| {model} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-        base = {row["seed"]: row for row in rows if (row["model"], row["codec"]) == (model, PLAIN)}
-        for codec in CODECS:
-            of = [r for r in rows if (r["model"], r["codec"]) == (model, codec) and r["seed"] in base]
-            if not of:
-                continue
-            less = [
-                f"{statistics.fmean(float(str(base[r['seed']][way])) / float(str(r[way])) for r in of):.1f}"
-                for way in ("up", "down")
-            ]
-            finals = [100 * float(str(r["accuracy"])) for r in of]
-            gained = [100 * (float(str(r["accuracy"])) - float(str(base[r["seed"]]["accuracy"]))) for r in of]
-            points = "" if codec == PLAIN else interval(gained)
-            out.append(f"| {codec} | {less[0]} | {less[1]} | {interval(finals)} | {points} | {len(of)} |")
+    for setting in SETTINGS:
+        for model in MODELS:
+            given = [row for row in rows if (row["setting"], row["model"]) == (setting, model)]
+            base = {row["seed"]: row for row in given if row["codec"] == PLAIN}
+            if base:
+                out += ["", f"| {model}, {setting} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+            for codec in CODECS:
+                of = [row for row in given if row["codec"] == codec and row["seed"] in base]
+                if of:
+                    out.append(f"| {codec} | " + " | ".join(_figures(of, base)) + " |")
     return "\n".join(out)
+
+
+def _figures(rows: list[resumable.Cell], base: dict[object, resumable.Cell]) -> list[str]:
+    def ratio(row: resumable.Cell, way: str) -> float:
+        return float(str(base[row["seed"]][way])) / float(str(row[way]))
+
+    finals = [100 * float(str(row["accuracy"])) for row in rows]
+    gained = [100 * (float(str(row["accuracy"])) - float(str(base[row["seed"]]["accuracy"]))) for row in rows]
+    less = [f"{statistics.fmean(ratio(row, way) for row in rows):.1f}" for way in ("up", "down")]
+    points = "" if rows[0]["codec"] == PLAIN else interval(gained)
+    return [*less, interval(finals), points, str(len(rows))]
 
 
 def main() -> None:
@@ -112,7 +128,7 @@ def main() -> None:
             f"{row['model']}, {row['codec']}, seed {row['seed']}: {row['accuracy']}, {row['up']} B ({row['seconds']} s)"
         )
 
-    resumable.run(__doc__, cells(), ("seed", "model", "codec"), measure, RESULTS, line)
+    resumable.run(__doc__, cells(), ("seed", "setting", "model", "codec"), measure, RESULTS, line)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import asynchrony
 import codec
+import compression
 import defence_tables
 import detection
 import localwork
@@ -31,6 +33,7 @@ import published
 import reducers
 import resumable
 import simulation
+import week
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -90,6 +93,11 @@ def write_tables() -> None:
         text = replaced(text, "localwork", localwork.table(resumable.read(localwork.RESULTS)))
     if personal.RESULTS.exists():  # by benchmarks/personal.py
         text = replaced(text, "personal", personal.table(resumable.read(personal.RESULTS)))
+    if asynchrony.RESULTS.exists():  # by benchmarks/asynchrony.py
+        text = replaced(text, "asynchrony", asynchrony.table(resumable.read(asynchrony.RESULTS)))
+    if compression.RESULTS.exists():  # by benchmarks/compression.py
+        text = replaced(text, "compression", compression.table(resumable.read(compression.RESULTS)))
+    text = replaced(text, "week", week.table(results["week"])) if "week" in results else text
     text = replaced(text, "methods", methods.table(results["methods"])) if "methods" in results else text
     text = replaced(text, "outofcore", outofcore.table(results["outofcore"])) if "outofcore" in results else text
     page.write_text(text)
