@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fedkeel.config import Job
@@ -15,10 +16,12 @@ def baselines(job: Job) -> dict[str, Job]:
     FedAvg has no corrections but weight decay, no private layers, and the plain mean by examples, under the same
     attack. Alone and centralised training have nobody hostile among them; there everyone takes part in every round.
     Where clients do a number of steps and not of epochs, centralised training does as many as all of a cohort together.
+    FedAvg waits for all, on the job's devices; alone and centralised nobody waits, and all work as often as a job's
+    client does on the mean, or in the job's time as often as a device of time 1 could.
     """
     sections: dict[str, Any] = job.model_dump(mode="json", exclude_none=True)
     decay = [text for text in job.train.corrections if text.startswith("l2(")]
-    train = {**sections["train"], "corrections": decay, "objective": "plain"}
+    train = {**sections["train"], "corrections": decay, "objective": "plain", "interval": "fixed"}
     train.pop("private_first", None)
     model = {**sections["model"], "private": []}
     record = {key: value for key, value in sections["record"].items() if key not in ("fine_tune", "contribution")}
@@ -26,7 +29,9 @@ def baselines(job: Job) -> dict[str, Job]:
     plain |= {"train": train, "model": model, "record": record}
     plain["data"] = {**sections["data"], "pooled": False}
     plain["server"] = {"examples": job.server.examples}
-    apart = {key: value for key, value in plain.items() if key not in ("attack", "select", "schedule")}
+    together = ("attack", "select", "schedule", "devices")
+    apart = {key: value for key, value in plain.items() if key not in together} | {"rounds": _rounds_alone(job)}
+    plain["schedule"] = {key: value for key, value in sections["schedule"].items() if key != "rule"}
     return {
         FEDAVG: Job(**plain),
         LOCAL: Job(**apart | {"model": model | {"private": ["*"]}}),
@@ -34,6 +39,14 @@ def baselines(job: Job) -> dict[str, Job]:
             **apart | {"data": {**sections["data"], "pooled": True}, "train": train | {"stopping": _by_all(job)}}
         ),
     }
+
+
+def _rounds_alone(job: Job) -> int:
+    rows = job.rule("schedule.rule", "scheduler").hook("rows")
+    rounds = job.rounds if rows is None else math.ceil(job.rounds * rows(job.cohort) / job.data.clients)
+    if job.schedule.seconds is not None and job.devices.round_seconds:
+        rounds = min(rounds, math.ceil(job.schedule.seconds / job.devices.round_seconds))
+    return rounds
 
 
 def _by_all(job: Job) -> str:

@@ -259,6 +259,12 @@ class Job(Section):
                 f"devices.profile = '{self.devices.profile}' and devices.classes both say what devices there are: "
                 "leave out one"
             )
+        if self.server.zstd and self.server.codec == "float32":
+            raise InputError(
+                f"server.zstd = {self.server.zstd} packs the steps of server.codec, and there are none: name a codec"
+            )
+        if self.data.pooled and self.devices != Devices():
+            raise InputError("data.pooled trains in one place: leave out devices")
         if self.data.pooled and self.attack.clients:
             raise InputError("data.pooled leaves no clients to be hostile: leave out attack.clients")
         if (self.select.cohort or 1) > self.data.clients:

@@ -6,8 +6,9 @@ done and the model that it started from.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fedkeel
+from fedkeel import testing
 from fedkeel.core.errors import InputError
-from fedkeel.core.registry import rule
-from fedkeel.core.types import ClientMemory, RoundReport, ServerState
+from fedkeel.core.registry import build, rule
+from fedkeel.core.types import ClientMemory, RoundReport, ServerState, View
 from fedkeel.sim.federation import Federation
 from fedkeel.sim.pool import Pool
 from fedkeel.sim.simulator import Simulator
@@ -147,13 +149,13 @@ class Oracle:
         done = sorted((TIMES[c], c, c) for c in range(CLIENTS))  # moment, task, client
         started = {c: (theta.copy(), 0) for c in range(CLIENTS)}
         buffered: list[tuple[int, int, int, Vector]] = []
-        used, when, tasks = [], [], CLIENTS
+        used, when, tasks, resting, free = [], [], CLIENTS, [], []
+        given = dict.fromkeys(range(CLIENTS), 1)
         while len(used) < closes:
             now = done[0][0]
-            free = []
             while done and done[0][0] == now and len(used) < closes:
                 _, task, client = done.pop(0)
-                free.append(client)
+                resting.append(client)
                 base, then = started[client]
                 row = work(client, base) - (theta - base if self.mix_models else 0)
                 buffered.append((task, client, then, row))
@@ -164,11 +166,13 @@ class Oracle:
                     used.append([(c, version - then) for _, c, then, _ in buffered])
                     theta, version = theta + self.rate * step, version + 1
                     when.append(now)
-                    buffered = []
-            for client in sorted(free):  # as round_robin does: of equal speed, and so of equal count
+                    free += resting
+                    buffered, resting = [], []
+            for client in sorted(free, key=lambda c: (given[c], c)):  # as round_robin does
                 started[client] = theta.copy(), version
                 done.append((now + TIMES[client], tasks, client))
-                tasks += 1
+                tasks, given[client] = tasks + 1, given[client] + 1
+            free = []
             done.sort()
         return theta, used, when
 
@@ -205,7 +209,7 @@ def test_with_everybody_at_work_asynchrony_gets_through_as_the_closed_form_says(
     """Per client 1, 1/2.3, 1/5.7 updates a second against 1/5.7 for all: (1 + 1/2.3 + 1/5.7) / 3 * 5.7 = 3.06."""
     until = 5.7 * 40
     _, together = simulate(10**6, "sync", devices=classes(), seconds=until)
-    _, apart = simulate(10**6, "fedbuff(buffer=6)", devices=classes(), seconds=until)
+    _, apart = simulate(10**6, "fedasync", devices=classes(), seconds=until)
     counts = [sum(c.refusal is None for r in reports for c in r.clients) for reports in (together, apart)]
     assert counts[1] / counts[0] == pytest.approx(5.7 * np.mean([1 / t for t in TIMES]), rel=0.01)
 
@@ -253,7 +257,8 @@ def optimum() -> Vector:
 
 
 def test_even_share_takes_back_what_fast_clients_have_too_much():
-    given = {"devices": classes(), "train": {"lr": 0.002, "stopping": "steps(steps=1)"}}
+    kinds = {name: {"clients": f"c[{2 * i}{2 * i + 1}]", "time": TIMES[2 * i]} for i, name in enumerate("ABC")}
+    given = {"devices": {"classes": kinds}, "train": {"lr": 0.002, "stopping": "steps(steps=1)"}}
     gaps = {}
     for weigh in ("equal", "even_share"):
         theta, _ = simulate(4000, "fedbuff(buffer=3)", aggregate={"weigh": (weigh,)}, **given)
@@ -275,7 +280,7 @@ def test_scaffold_ends_at_the_optimum_under_asynchrony_and_fedavg_does_not():
     ("schedule", "sections", "words"),
     [
         ("fedbuff(buffer=2)", {"aggregate": {"reduce": "trimmed_mean(trim=1)"}}, "closes with 2"),
-        ("fedbuff(buffer=7)", {"train": {"corrections": ("scaffold",)}}, "rest until it does.*lower the buffer"),
+        ("fedbuff(buffer=7)", {}, "7 updates, of different clients, and there are 6: lower the buffer"),
         (
             "fedbuff(buffer=3)",
             {"train": {"corrections": ("scaffold",), "lr_schedule": "exponential(factor=0.9)"}},
@@ -289,3 +294,80 @@ def test_scaffold_ends_at_the_optimum_under_asynchrony_and_fedavg_does_not():
 def test_what_can_not_work_is_refused_before_it_begins(schedule, sections, words):
     with pytest.raises(InputError, match=words):
         simulate(2, schedule, **sections)
+
+
+def test_no_client_has_two_places_in_a_buffer_and_one_that_is_refused_waits_for_its_close():
+    """A device that is twenty times as fast as the others fills no buffer by itself, and can not use up the rounds."""
+    fast = {"devices": classes((0.05, 1.0, 1.0, 1.0, 1.0, 1.0)), "aggregate": {"weigh": ("equal",)}}
+    _, reports = simulate(12, "fedbuff(buffer=3)", **fast)
+    for report in reports:
+        used = [row.client for row in report.clients if row.refusal is None]
+        assert len(used) == len(set(used)) == 3
+    _, reports = simulate(12, "fedbuff(buffer=3)", attack={"rule": "nan", "clients": 1}, **fast)
+    assert all(report.skipped is None for report in reports)
+    offences = Counter(row.client for r in reports for row in r.clients if row.refusal and row.refusal.rule == "finite")
+    assert len(offences) == 1
+    assert max(offences.values()) <= len(reports)
+
+
+@pytest.mark.parametrize("schedule", ["fedasync", "fedbuff(buffer=2)"])
+def test_quarantine_shuts_out_under_asynchrony(schedule):
+    """A record shrinks when a task of its client ends, and not with every round that closes meanwhile."""
+    given = {"devices": classes(), "attack": {"rule": "nan", "clients": 1}, "quarantine": {"limit": 2.0}}
+    _, reports = simulate(150, schedule, **given)
+    assert any(row.refusal and row.refusal.stage == "quarantine" for r in reports for row in r.clients)
+
+
+@pytest.mark.parametrize(("schedule", "seconds"), [("semi_sync(deadline=1.0)", None), ("sync", 1.0)])
+def test_what_arrives_at_the_very_last_moment_counts(schedule, seconds):
+    _, reports = simulate(1 if seconds is None else 10, schedule, seconds)
+    assert [row.refusal for row in reports[0].clients] == [None] * CLIENTS
+
+
+def test_over_selection_is_not_misled_by_rounding():
+    view = View(100, 0, 0, 0, 0, 0, 0.0, 0.0)
+    assert build("scheduler", "semi_sync", deadline=1.0, over=0.1)(view).start == 110
+
+
+def test_a_task_that_is_given_up_is_stopped_and_sends_nothing():
+    given = {"devices": classes((1.0, 1.0, 1.0, 1.0, 1.0, 5.7)), "select": {"rule": "round_robin"}}
+    _, reports = simulate(8, "semi_sync(deadline=2.0)", **given)
+    slow = [row for r in reports for row in r.clients if row.client == "c5"]
+    assert len(slow) == 8
+    assert {row.refusal.stage for row in slow} == {"late"}
+    assert sum(row.bytes_up for row in slow) == 0
+
+
+def test_a_round_that_waited_for_its_clients_still_gives_them_their_time(tmp_path):
+    file = tmp_path / "trace.csv"
+    file.write_text("".join(f"c{i},1000,9000\n" for i in range(CLIENTS)))
+    devices = {"classes": {"a": {"available": f"trace(file='{file}')", "time": 30.0}}}
+    _, reports = simulate(2, "semi_sync(deadline=60.0)", devices=devices)
+    assert [report.time for report in reports] == [1030.0, 1060.0]
+    assert all(report.skipped is None for report in reports)
+
+
+@pytest.mark.parametrize("more", [{"attack": {"rule": "nan", "clients": 2}, "quarantine": {"limit": 1.0}}, {}])
+def test_a_buffer_that_all_who_are_left_can_not_fill_closes(tmp_path, more):
+    file = tmp_path / "trace.csv"
+    file.write_text("".join(f"c{i},0,9000\n" for i in range(CLIENTS - 1)))
+    devices = {"classes": {"a": {"available": f"trace(file='{file}')"}}}
+    _, reports = simulate(
+        4, f"fedbuff(buffer={CLIENTS})", devices=devices, train={"corrections": ("scaffold",)}, **more
+    )
+    assert [report.skipped for report in reports] == [None] * 4
+
+
+def test_even_share_weighs_one_where_all_classes_come_by_their_parts():
+    """Of many clients few are drawn: the weights must not shrink with the number of those that were never seen."""
+    draw = np.random.default_rng(0)
+    rule, population = build("weigher", "even_share"), {"A": 600, "B": 400}
+    kept: dict[str, Tensor] = {}
+    means = []
+    for round in range(400):
+        device = tuple(draw.choice(["A", "B"], 10, p=[0.6, 0.4]).tolist())
+        cohort = replace(testing.cohort(testing.rows(10, 2)), device=device, population=population)
+        weights, kept = rule(cohort, ServerState(torch.zeros(2), round=round), kept)
+        means.append(float(weights.mean()))
+    assert np.mean(means[:100]) == pytest.approx(1, abs=0.05)
+    assert np.mean(means[300:]) == pytest.approx(1, abs=0.05)

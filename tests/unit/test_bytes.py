@@ -74,12 +74,24 @@ def test_a_row_that_is_not_finite_leaves_nothing_behind():
     ("client", "words"),
     [
         ({"codec": "float32"}, "has nothing to add: 'float32' loses nothing"),
-        ({"codec": "random_k(share=0.01)"}, "piles up what .*random_k: scaled=False"),
+        ({"codec": "random_k(share=0.01)"}, "client.error_feedback adds what .*random_k: scaled=False"),
     ],
 )
 def test_error_feedback_that_could_only_do_harm_is_refused(client, words):
     with pytest.raises(InputError, match=words):
         Federation.of(job(client={**client, "error_feedback": True}))
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        ({"codec": "random_k(share=0.05)"}, "server.codec adds what .*random_k: scaled=False"),
+        ({"zstd": 3}, "server.zstd = 3 packs the steps of server.codec, and there are none"),
+    ],
+)
+def test_a_way_down_that_could_not_work_is_refused(server, words):
+    with pytest.raises(InputError, match=words):
+        Federation.of(job(server=server))
 
 
 def test_error_feedback_learns_where_the_same_codec_without_it_does_not(tmp_path):

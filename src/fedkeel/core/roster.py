@@ -64,6 +64,11 @@ class Roster:
         self.before[place] = self.loss[place]
         self.seconds[place], self.examples[place], self.loss[place] = seconds, examples, loss
 
+    def devices(self, clients: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+        """The classes of these clients' devices, and how many clients there are of each class."""
+        sizes = dict(zip(self.groups, self.sizes.tolist(), strict=True))
+        return tuple(self.groups[self.group[self.index[client]]] for client in clients), sizes
+
     def state(self) -> dict[str, Tensor]:
         """What to keep: copies."""
         return {name: torch.from_numpy(getattr(self, name).copy()) for name in _KEPT}

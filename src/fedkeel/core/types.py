@@ -102,8 +102,9 @@ class View(NamedTuple):
     """What a scheduler sees of the buffer that is open: counts of clients, and the clock in seconds.
 
     `cohort` is the job's, `started` how many were given work since the buffer was opened. `in_flight` counts those who
-    work, `earlier` those of them who began before it was opened. `received` updates lie in it, `lost` tasks have ended
-    without one since.
+    work, `earlier` those of them who began before it was opened. `received` updates lie in it, `lost` clients' tasks
+    have ended without one since. `began` is when the first of those started was given its work. `more`: other news of
+    this very moment is still to come, so nothing may be given up for being late.
     """
 
     cohort: int
@@ -112,8 +113,9 @@ class View(NamedTuple):
     earlier: int
     received: int
     lost: int
-    opened: float
+    began: float
     now: float
+    more: bool = False
 
 
 class Decision(NamedTuple):
@@ -202,12 +204,13 @@ class Closed:
 class Cohort:
     """Admitted rows only, in the order in which the clients were selected.
 
-    U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of all columns.
-    `params` are the columns of U that are parameters (the rest are buffers), `layers` those of each tensor. `key` is
-    the round's own: what a rule draws comes from it. `referee` is there for rules with the trait "server_data";
-    `reduce` is what the plan's mixers and reducer make of a cohort and weights (n,); `worth` says how many plain SGD
-    steps so many local steps (n,) come to. `gap` (P,) of a row is how far the server's model has gone since that row's
-    client began; None where no rule looks back.
+    U (n, P); num_examples, staleness, steps (n,) float64; norm (n,) float64, L2 of all columns. `params` are the
+    columns of U that are parameters (the rest are buffers), `layers` those of each tensor. `key` is the round's own:
+    what a rule draws comes from it. `referee` is there for rules with the trait "server_data"; `reduce` is what the
+    plan's mixers and reducer make of a cohort and weights (n,); `worth` says how many plain SGD steps so many local
+    steps (n,) come to. `gap` (P,) of a row is how far the server's model has gone since that row's client began; None
+    where no rule looks back. `device` is the class of each row's device, `population` how many clients there are of
+    each class; empty where nothing is known of devices.
     """
 
     U: Tensor
@@ -225,6 +228,8 @@ class Cohort:
     reduce: Callable[[Cohort, Tensor], Tensor] | None = None
     worth: Callable[[Tensor], Tensor] | None = None
     gap: tuple[Tensor, ...] | None = None
+    device: tuple[str, ...] = ()
+    population: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.U.shape[0]

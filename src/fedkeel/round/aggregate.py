@@ -181,6 +181,7 @@ def _compacted(cohort: Cohort, rows: list[int]) -> Cohort:
         metrics=tuple(cohort.metrics[row] for row in rows),
         labels=tuple(cohort.labels[row] for row in rows),
         gap=None if cohort.gap is None else tuple(cohort.gap[row] for row in rows),
+        device=tuple(cohort.device[row] for row in rows) if cohort.device else (),
     )
 
 

@@ -40,6 +40,14 @@ class Train:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancel:
+    """The client's task was given up: it may stop, as its answer will not be used."""
+
+    client: str
+    task: int
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A round closed: write its report."""
 
@@ -76,9 +84,10 @@ class Done:
     reason: str
 
 
+_LARGE = 3e38
 MOST_STRETCH = 64.0
 """The most that an interval rule lengthens or shortens a client's work by."""
-Command = Train | Record | Evaluate | Checkpoint | Wait | Done
+Command = Train | Cancel | Record | Evaluate | Checkpoint | Wait | Done
 
 
 class Presence(Protocol):
@@ -123,6 +132,7 @@ class Coordinator:
         self._checkpoint_every = checkpoint_every
         self._until = until
         self._presence = presence
+        server.roster = self.roster
         self._in_flight = {order.client: order for order in server.state.in_flight}
         for client in self._in_flight:
             self.roster.busy[self.roster.index[client]] = True
@@ -130,7 +140,7 @@ class Coordinator:
         self._resting: list[int] = []
         self._turns: Counter[str] = Counter()
         self._started = self._lost = 0
-        self._opened = now
+        self._began = now
         self._over = False
 
     def start(self, now: float) -> list[Command]:
@@ -149,11 +159,11 @@ class Coordinator:
             return []
         refusal = self.server.offer(client, data, now, intact=intact)
         if client in self._in_flight and not self.server.awaits(client):
-            order = self._ended(client, rest=refusal is None and self.plan.one_at_a_time)
+            order = self._ended(client)
             self._lost += refusal is not None
             if refusal is None:
                 claims = self.server.newest
-                loss = claims.metrics.get("loss", math.nan)
+                loss = min(max(claims.metrics.get("loss", math.nan), -_LARGE), _LARGE)  # NaN stays
                 self.roster.answered(self.roster.index[client], now - order.since, claims.num_examples, loss)
         return self._advance(now, more)
 
@@ -174,13 +184,10 @@ class Coordinator:
         """The state to go on from."""
         return self.server.snapshot().replace(roster=self.roster.state())
 
-    def _ended(self, client: str, *, rest: bool = False) -> InFlight:
-        place = self.roster.index[client]
+    def _ended(self, client: str) -> InFlight:
+        """The client's task has ended. It rests until the buffer closes: none fills or spoils it with many tasks."""
         self._earlier.discard(client)
-        if rest:
-            self._resting.append(place)
-        else:
-            self.roster.busy[place] = False
+        self._resting.append(self.roster.index[client])
         return self._in_flight.pop(client)
 
     def _abandon(self, client: str, refusal: Refusal, now: float) -> None:
@@ -195,12 +202,12 @@ class Coordinator:
             if self.server.state.round >= self.rounds:
                 self._over = True
                 return [*commands, Done(f"{self.rounds} rounds are done")]
-            if now >= self._until:
+            if now >= self._until and not more:
                 self._over = True
                 # What has come of a round is who is fast: no model moves by that.
                 why = f"{self._until:g} seconds are over"
                 return [*commands, *self._close(now, f"{why}, and the round was open", last=True), Done(why)]
-            decision = self.plan.schedule(self._view(now))
+            decision = self.plan.schedule(self._view(now, more))
             if decision.close:
                 commands += self._close(now, decision.skip)
             elif more:
@@ -210,10 +217,12 @@ class Coordinator:
                 commands += given
                 if given:
                     continue
-                if not self._in_flight and not self._resting and not math.isfinite(self._change(now)):
-                    commands += self._close(now, "no client is free, and none will be")
+                change = self._change(now)
+                if not self._in_flight and (self.server.received or not math.isfinite(change)):
+                    short = None if self.server.received else "no client is free, and none will be"
+                    commands += self._close(now, short)
                     continue
-                wake = min(self._change(now), self._until)
+                wake = min(change, self._until)
                 return [*commands, Wait(wake)] if math.isfinite(wake) else commands
             elif decision.wake is not None and decision.wake > now:
                 return [*commands, Wait(min(decision.wake, self._until))]
@@ -222,13 +231,14 @@ class Coordinator:
             else:
                 raise RunError(f"scheduler '{self.plan.schedule!r}' neither starts, closes nor waits: no round can end")
 
-    def _view(self, now: float) -> View:
+    def _view(self, now: float, more: bool) -> View:
         counts = (self.plan.cohort, self._started, len(self._in_flight), len(self._earlier))
-        return View(*counts, self.server.received, self._lost, self._opened, now)
+        return View(*counts, self.server.received, self._lost, self._began, now, more)
 
     def _change(self, now: float) -> float:
-        """When somebody comes or goes."""
-        return math.inf if self._presence is None else self._presence.next_change(now)
+        """When somebody comes or goes; after now."""
+        change = math.inf if self._presence is None else self._presence.next_change(now)
+        return max(change, math.nextafter(now, math.inf))
 
     def _free(self, now: float) -> NDArray[np.int64]:
         free = ~self.roster.busy
@@ -255,6 +265,7 @@ class Coordinator:
             self._turns[client] += 1
             factor = float(self.roster.factor[place])
             commands.append(Train(client, task, number, state.version, deadline, settled, turn, factor))
+        self._began = now if self._started == 0 else self._began
         self._started += len(commands)
         return commands
 
@@ -288,8 +299,10 @@ class Coordinator:
 
     def _close(self, now: float, skip: str | None, *, last: bool = False) -> list[Command]:
         last = last or self.server.state.round + 1 >= self.rounds
+        given_up: list[Command] = []
         if last or self.plan.max_staleness == 0:  # nothing that comes later could be used
             for client, order in list(self._in_flight.items()):
+                given_up.append(Cancel(client, order.task))
                 why = f"no answer within {now - order.since:g} s"
                 self._abandon(client, Refusal("late", "end" if last else "deadline", why), now)
         report = self.server.close(now, skip)
@@ -300,9 +313,9 @@ class Coordinator:
         self._turns.clear()
         self._earlier = set(self._in_flight)
         self._started = self._lost = 0
-        self._opened = now
+        self._began = now
         done = self.server.state.round
-        commands: list[Command] = []
+        commands = given_up
         if last or done % self._evaluate_every == 0:
             commands.append(Evaluate(done, self.server.state.version))
         commands.append(Record(report))

@@ -129,7 +129,7 @@ def send(
         rows = rows + torch.stack([memory.of(c.client).get(_RESIDUAL, zero) for c in claims])
     payloads = codec.encode(rows, [key.fold("codec") for key in keys])
     arrived = rows
-    if not codec.lossless and (plan.error_feedback or plan.one_at_a_time):
+    if not codec.lossless and (plan.error_feedback or plan.remembers):
         arrived = torch.empty_like(rows)
         for payload, out in zip(payloads, arrived, strict=True):
             codec.decode(memoryview(payload), out)

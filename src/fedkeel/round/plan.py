@@ -86,8 +86,8 @@ class Plan:
         return any("looks_back" in mixer.definition.traits for mixer in self.mixers)
 
     @property
-    def one_at_a_time(self) -> bool:
-        """Whether a client rests until its last update was used or refused: what its corrections keep depends on it."""
+    def remembers(self) -> bool:
+        """Whether corrections keep something of the updates that clients send."""
         return any(rule.hook("after") for rule in self.corrections)
 
     def _check_schedule(self) -> None:
@@ -99,10 +99,10 @@ class Plan:
                 f"select.longest_wait = {self.longest_wait}: with {self.rows} of {self.population} clients a round "
                 f"somebody waits longer: write at least {-(-self.population // self.rows)}"
             )
-        if self.one_at_a_time and self.rows > self.population > 0:
+        if self.rows > self.population > 0:
             raise InputError(
-                f"schedule '{self.schedule!r}' closes with {self.rows} updates, of {self.population} clients that rest "
-                f"until it does, for {', '.join(map(repr, self.corrections))}: lower the buffer"
+                f"schedule '{self.schedule!r}' closes with {self.rows} updates, of different clients, and there are "
+                f"{self.population}: lower the buffer"
             )
         changes = self.work is not None and self.work.rate.name != "constant"
         if changes and self.max_staleness and any("control" in rule.definition.traits for rule in self.corrections):

@@ -73,7 +73,9 @@ class Book:
         return Refusal("quarantine", "quarantine", reason, entry.record)
 
     def close(self, round: int, rows: Iterable[ClientRow], asked: Set[str]) -> None:
-        """A round ends in which `asked` had work: records shrink, offences are added, clients are shut out or let in.
+        """A round ends in which the tasks of `asked` ended: their records shrink, offences are added.
+
+        Who is over the limit is shut out; who was, and is far enough below it, is let in.
 
         What comes from anybody else, under whatever name, leaves no record.
         """

@@ -16,6 +16,7 @@ from fedkeel.core.errors import CohortError, DecodeError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule
+from fedkeel.core.roster import Roster
 from fedkeel.core.types import (
     Claims,
     ClientRow,
@@ -93,7 +94,9 @@ class Server:
         self._last_payload: dict[str, str] = dict(state.trust.get("last_payload", {}))
         self._book = Book(plan.quarantine, state.trust.get("offences", {}))
         self._left_out: dict[str, Refusal] = {}
-        self._asked: set[str] = set(self._outstanding)
+        self._ended: set[str] = set()
+        self.roster: Roster | None = None
+        """What is known of the clients' devices, once a coordinator has taken up the server."""
 
     def snapshot(self) -> ServerState:
         """The state to checkpoint, right after a close: updates that lie in an open buffer are not in it."""
@@ -130,7 +133,6 @@ class Server:
         self.state = state.replace(next_task=task + 1)
         self._given[client] = InFlight(client, task, state.round + 1, state.version, now, sent)
         self._outstanding[client] = task
-        self._asked.add(client)
         self._sent += sent
         if self.plan.looks_back:
             self._bases[state.version] = self.theta
@@ -142,6 +144,7 @@ class Server:
 
     def _take(self, client: str) -> InFlight | None:
         """The client's task has ended; None if it had none."""
+        self._ended.add(client)
         self._outstanding.pop(client, None)
         return self._given.pop(client, None)
 
@@ -222,6 +225,9 @@ class Server:
             return Refusal("check", "task", f"task {claims.task} is not one that this client was given")
         if refusal is None and claims.base_version != (given := self._given[client].version):
             return Refusal("check", "task", f"it claims model version {claims.base_version}, it was given {given}")
+        if refusal is None and (behind := self.state.version - claims.base_version) > self.plan.max_staleness:
+            why = f"it is {behind} models behind, at most {self.plan.max_staleness} are used"
+            return Refusal("check", "version", why)
         return refusal
 
     def _measure(self, update: Update, delta: Tensor) -> Update:
@@ -286,7 +292,7 @@ class Server:
             0.0 if skip else outcome.norm,
             self._sent,
         )
-        self._book.close(report.round, report.clients, self._asked)
+        self._book.close(report.round, report.clients, self._ended)
         self._next_buffer()
         return report
 
@@ -338,6 +344,7 @@ class Server:
             partial(reduced, self.plan),
             self._work.worth if self._work else None,
             self._gaps(claims) if self.plan.looks_back else None,
+            *(self.roster.devices([c.client for c in claims]) if self.roster else ()),
         )
 
     def _gaps(self, claims: Sequence[Claims]) -> tuple[Tensor, ...]:
@@ -433,7 +440,7 @@ class Server:
         self.state = self.state.replace(round=self.state.round + 1)
         self._admitted.clear()
         self._left_out = {}
-        self._asked = set(self._outstanding)
+        self._ended.clear()
         self._sent = 0
         out = {order.version for order in self._given.values()}
         self._bases = {version: theta for version, theta in self._bases.items() if version in out}

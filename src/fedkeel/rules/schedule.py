@@ -62,9 +62,10 @@ def semi_sync(
     round is skipped and the model kept.
     """
     if view.started == 0:
-        return Decision(start=math.ceil(view.cohort * (1 + over)), wake=view.now + deadline)
-    end = view.opened + deadline
-    if view.received >= view.cohort or view.in_flight == view.earlier or view.now >= end:
+        wanted = math.ceil(round(view.cohort * (1 + over), 6))  # 100 * 1.1 is above 110
+        return Decision(start=wanted, wake=view.now + deadline)
+    end = view.began + deadline
+    if view.received >= view.cohort or view.in_flight == view.earlier or (view.now >= end and not view.more):
         return Decision(close=True, skip=_skip(view, quorum))
     return Decision(wake=end)
 
@@ -81,14 +82,15 @@ def _staleness(max_staleness: int, **_: object) -> int:
 def fedbuff(view: View, *, buffer: Count = 10, max_staleness: Count = 100) -> Decision:
     """Buffered asynchronous rounds (FedBuff, Nguyen et al. 2022): close whenever `buffer` updates have come.
 
-    As many clients as the cohort are at work all the time: who answers is replaced at once. Put
-    `staleness` among the weighers. Updates more than `max_staleness` models behind are refused. When ten tasks for each
-    place of the buffer were lost it closes with what it has.
+    As many clients as the cohort are at work all the time: who answers is replaced at once, by another client if there
+    is one, as no client has two updates in a buffer. Put `staleness` among the weighers. Updates more than
+    `max_staleness` models behind are refused. When ten clients for each place of the buffer were lost it closes with
+    what it has.
     """
     if view.received >= buffer:
         return Decision(close=True)
     if view.lost >= _MOST_LOST * buffer:
-        why = f"{view.lost} tasks, one after another, gave no usable update"
+        why = f"{view.lost} clients gave no usable update"
         return Decision(close=True, skip=None if view.received else why)
     return Decision(start=max(0, view.cohort - view.in_flight))
 

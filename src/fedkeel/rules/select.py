@@ -65,17 +65,17 @@ def stratified(
         if not wanted.sum() > 0:
             raise InputError("select.rule: the quotas of stratified sum to 0: give a class a quota above 0")
     shares = wanted / wanted.sum()
-    shuffled = key.fold("select", round).numpy().permutation(len(candidates))
-    waiting = [shuffled[candidates.group[shuffled] == g].tolist() for g in range(len(shares))]
-    given = candidates.given.astype(np.float64)
-    chosen: list[int] = []
-    while len(chosen) < count:
-        behind = shares * (given.sum() + 1) - given
-        left = [g for g in np.argsort(-behind, kind="stable").tolist() if waiting[g]]
-        group = next((g for g in left if shares[g] > 0), left[0])
-        chosen.append(waiting[group].pop(0))
+    left = np.bincount(candidates.group, minlength=len(shares))
+    given, places = candidates.given.astype(np.float64), np.zeros(len(shares), np.int64)
+    for _ in range(count):
+        behind = np.where(left > places, shares * (given.sum() + 1) - given, -np.inf)
+        behind[(shares == 0) & (left > places)] -= given.sum() + len(candidates)
+        group = int(np.argmax(behind))
+        places[group] += 1
         given[group] += 1
-    return np.array(chosen)
+    draw = key.fold("select", round).numpy()
+    mine = (np.flatnonzero(candidates.group == g) for g in range(len(shares)))
+    return np.concatenate([draw.choice(of, int(n), replace=False) for of, n in zip(mine, places, strict=True) if n])
 
 
 @rule("selector")

@@ -29,6 +29,7 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Kept = Mapping[str, Tensor]
 _LEAST = 1e-2  # of the largest weight: less is none
 _TINY = 1e-300
+_PRIOR = 5.0  # rounds' worth of updates that even_share begins with
 _ONE = torch.ones((), dtype=torch.float64)
 
 
@@ -78,25 +79,29 @@ def even_share(
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.98,
     cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0,
 ) -> tuple[Tensor, Kept]:
-    """The inverse of how often a client's updates came of late, so that slow devices count as much as fast ones.
+    """Each class of devices by its part of all clients, over its part of the updates of late: slow ones count as much.
 
-    Where clients answer at their own pace the model leans to those who answer often. A client's pace is its mean number
-    of updates a round, over about 1 / (1 - memory) rounds; its weight the mean pace of the clients that are known, over
-    its own, at most `cap` and at least 1 / cap. A step to which rare clients came is longer for it: of all steps
-    together everybody has an even part (importance weighting), at the price of steps that vary.
+    Where clients answer at their own pace the model leans to fast devices. The updates of about 1 / (1 - memory) rounds
+    are counted by class; before there are so many, as if classes had come by their parts. Weights lie between 1 / cap
+    and cap. A step to which rare devices came is longer for it: of all steps together every class has its part
+    (importance weighting), at the price of steps that vary. Without classes all weigh 1.
     """
-    now = state.round
-
-    def aged(name: str) -> float:
-        pace, then = kept[name].tolist() if name in kept else (0.0, now)
-        return float(pace * memory ** (now - then))
-
-    # Sums of memory^age, not means: a client is known by its first update alone. The name "" holds that of all clients.
-    counts = Counter(cohort.client)
-    paces = {client: aged(client) + count for client, count in counts.items()} | {"": aged("") + len(cohort)}
-    found = {**kept, **{name: torch.tensor([pace, now], dtype=torch.float64) for name, pace in paces.items()}}
-    mean = paces[""] / max(len(found) - 1, 1)
-    weights = [min(max(mean / paces[client], 1 / cap), cap) for client in cohort.client]
+    if len(cohort.population) < 2:
+        return torch.ones(len(cohort), dtype=torch.float64), kept
+    clients, now = sum(cohort.population.values()), state.round
+    parts = {name: size / clients for name, size in cohort.population.items()}
+    came: dict[str, float] = {}
+    for name, part in parts.items():
+        count, then = kept[name].tolist() if name in kept else (_PRIOR * len(cohort) * part, now)
+        came[name] = float(count * memory ** (now - then))
+    total = sum(came.values())
+    factors = {
+        name: min(max(part * total / came[name], 1 / cap), cap) if came[name] > 0 else cap
+        for name, part in parts.items()
+    }
+    weights = [factors[name] for name in cohort.device]
+    counts = Counter(cohort.device)
+    found = {name: torch.tensor([came[name] + counts[name], now], dtype=torch.float64) for name in parts}
     return torch.tensor(weights, dtype=torch.float64), found
 
 

@@ -58,11 +58,12 @@ def _classes(ledger: Ledger, by_class: dict[str, list[tuple[float, float]]]) -> 
     rows = ledger.query(
         "SELECT c.device, c.clients, t.given, t.used, t.lost, t.weight, t.seconds, t.staleness, t.up, t.down FROM "
         "(SELECT device, count(*) AS clients FROM clients GROUP BY device) c LEFT JOIN "
-        "(SELECT device, count(*) AS given, sum(stage IS NULL) AS used, total(weight) AS weight, "
-        "sum(stage IN ('transport', 'train', 'late')) AS lost, total(bytes_up) AS up, total(bytes_down) AS down, "
+        "(SELECT device, sum(seconds IS NOT NULL) AS given, sum(stage IS NULL) AS used, total(weight) AS weight, "
+        "sum(seconds IS NOT NULL AND stage IN ('transport', 'train', 'late')) AS lost, "
+        "total(bytes_up) AS up, total(bytes_down) AS down, "
         "avg(CASE WHEN stage IS NULL THEN seconds END) AS seconds, "
         "avg(CASE WHEN stage IS NULL THEN staleness END) AS staleness "
-        "FROM updates JOIN clients USING (client) WHERE seconds IS NOT NULL GROUP BY device) t USING (device) "
+        "FROM updates JOIN clients USING (client) GROUP BY device) t USING (device) "
         "ORDER BY c.device"
     )
     clients, given, weight = (sum(row[name] or 0 for row in rows) for name in ("clients", "given", "weight"))

@@ -17,8 +17,11 @@ from fedkeel.core.keys import Key
 from fedkeel.core.registry import rule
 
 Mask = NDArray[np.bool_]
-Availability = Callable[[float], tuple[Mask, float]]
-"""(now in seconds) -> which of the devices (n,) are there, and when that changes next (infinity: never)."""
+Moments = NDArray[np.float64]
+Availability = Callable[[float], tuple[Mask, Moments]]
+"""(now in seconds) -> which of the devices (n,) are there, and until when that holds of each, at least: after now.
+
+Infinity: for good."""
 Hours = Annotated[float, Field(gt=0, le=24)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -28,8 +31,8 @@ HOUR, DAY = 3600.0, 86400.0
 @rule("availability")
 def always(names: Sequence[str], key: Key) -> Availability:
     """Devices are there all the time."""
-    everybody = np.ones(len(names), bool)
-    return lambda now: (everybody, math.inf)
+    everybody, forever = np.ones(len(names), bool), np.full(len(names), math.inf)
+    return lambda now: (everybody, forever)
 
 
 @rule("availability")
@@ -42,11 +45,11 @@ def daily(names: Sequence[str], key: Key, *, hours: Hours = 8.0, spread: Hours =
     begins = key.numpy().uniform(0, spread * HOUR, len(names))
     length = hours * HOUR
 
-    def at(now: float) -> tuple[Mask, float]:
+    def at(now: float) -> tuple[Mask, Moments]:
         since = np.mod(now - begins, DAY)
         here = since < length
-        left = np.where(here, length - since, DAY - since)
-        return here, _after(now, float(left.min(initial=math.inf))) if hours < 24 else math.inf
+        left = np.where(here, length - since, DAY - since) if hours < 24 else np.full(len(names), math.inf)
+        return here, _after(now, now + left)
 
     return at
 
@@ -55,9 +58,10 @@ def daily(names: Sequence[str], key: Key, *, hours: Hours = 8.0, spread: Hours =
 def slots(names: Sequence[str], key: Key, *, share: Share = 0.5, seconds: Seconds = HOUR) -> Availability:
     """In every slot of so many seconds each device is there with probability `share`, by its own luck."""
 
-    def at(now: float) -> tuple[Mask, float]:
+    def at(now: float) -> tuple[Mask, Moments]:
         slot = int(now // seconds)
-        return key.fold(slot).numpy().random(len(names)) < share, _after(slot * seconds, seconds)
+        here = key.fold(slot).numpy().random(len(names)) < share
+        return here, _after(now, np.full(len(names), (slot + 1) * seconds))
 
     return at
 
@@ -74,15 +78,16 @@ def trace(
     place = {name: i for i, name in enumerate(names)}
     client, start, stop = _spans(Path(file), place, repeat)
 
-    def at(now: float) -> tuple[Mask, float]:
+    edges, owner = np.concatenate([start, stop]), np.concatenate([client, client])
+
+    def at(now: float) -> tuple[Mask, Moments]:
         then = now % repeat if repeat else now
         here = np.zeros(len(names), bool)
         here[client[(start <= then) & (then < stop)]] = True
-        edges = np.concatenate([start, stop])
-        later = float(edges[edges > then].min(initial=math.inf))
-        if repeat:
-            later = min(later, repeat)
-        return here, _after(now, later - then)
+        until = np.full(len(names), repeat or math.inf)
+        later = edges > then
+        np.minimum.at(until, owner[later], edges[later])
+        return here, _after(now, now + (until - then))
 
     return at
 
@@ -116,6 +121,6 @@ def _spans(
     return np.array(client), start, stop
 
 
-def _after(now: float, seconds: float) -> float:
-    """A later moment, also where the difference is lost in rounding."""
-    return max(now + seconds, math.nextafter(now, math.inf))
+def _after(now: float, moments: Moments) -> Moments:
+    """These moments; later than now, also where the difference is lost in rounding."""
+    return np.maximum(moments, math.nextafter(now, math.inf))

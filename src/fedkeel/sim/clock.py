@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ class Outcome:
     lost: bool = False
 
 
-Event = Train | Outcome | None
-"""The end of a client's work, an answer at the server, or a moment that the coordinator waits for."""
+Event = Train | Outcome
+"""The end of a client's work, or an answer at the server."""
 
 
 class Clock:
@@ -31,23 +30,27 @@ class Clock:
 
     def __init__(self) -> None:
         self._events: list[tuple[float, int, int, Event]] = []
-        self._ticks = itertools.count()
+        self._wake = math.inf
 
     def expect(self, at: float, event: Event) -> None:
         """Something will happen at a time, in seconds."""
-        rank = 2 if event is None else int(isinstance(event, Outcome))
-        heapq.heappush(self._events, (at, rank, next(self._ticks) if event is None else event.task, event))
+        heapq.heappush(self._events, (at, int(isinstance(event, Outcome)), event.task, event))
 
-    @property
-    def next(self) -> float:
-        """When something happens next; infinity: never."""
-        return self._events[0][0] if self._events else math.inf
+    def wake(self, at: float) -> None:
+        """The coordinator wants to be asked at a time, if nothing happens before."""
+        self._wake = at
+
+    def advance(self) -> float:
+        """When something happens next; infinity: never. What the coordinator waits for it says again then."""
+        at = min(self._wake, self._events[0][0] if self._events else math.inf)
+        self._wake = math.inf
+        return at
 
     def due(self, now: float) -> Iterator[Event]:
         """What happens now, in order, those events among it that are added meanwhile."""
         while self._events and self._events[0][0] <= now:
             yield heapq.heappop(self._events)[3]
 
-    def pending(self) -> Iterator[tuple[float, Train | Outcome]]:
-        """(time, event) of everything to come, but for the coordinator's own moments; in no order."""
-        return ((at, event) for at, _, _, event in self._events if event is not None)
+    def pending(self) -> Iterator[tuple[float, Event]]:
+        """(time, event) of everything to come; in no order."""
+        return ((at, event) for at, _, _, event in self._events)

@@ -16,7 +16,7 @@ from fedkeel.config import DeviceClass, Job
 from fedkeel.core.errors import InputError, nearest
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import parse
-from fedkeel.sim.availability import Availability, Mask
+from fedkeel.sim.availability import Availability, Mask, Moments
 
 REFERENCE = {"A": 1.0, "B": 2.3, "C": 5.7}
 """The built-in classes: the relative time that a round's local work takes."""
@@ -25,10 +25,12 @@ _NORMAL = NormalDist()
 
 @dataclass(frozen=True, slots=True)
 class Trip:
-    """What becomes of a task: `ends` is when the work is done, `lost` when the server learns that it never will be."""
+    """What becomes of a task: `ends` is when the work is done, `lost` when the server learns that it never will be, and
+    `why`."""
 
     ends: float
     lost: float | None = None
+    why: str = ""
 
 
 class Devices:
@@ -62,7 +64,9 @@ class Devices:
             if len(members := np.flatnonzero(self._class == at))
         ]
         self.leave = any(kind.available != "always" for kind in kinds)
-        self._mask, self._from, self._until = np.ones(len(names), bool), -math.inf, -math.inf
+        self._own = {int(self._class[members[0]]): (members, at) for members, at in self._presence}
+        self._known = np.ones(len(names), bool), np.full(len(names), math.inf)
+        self._from = self._changes = -math.inf
         free = not bool((np.isfinite(self._up) | np.isfinite(self._down) | (self._dropout > 0)).any())
         plain = free and bool((self._time == self._time[0]).all())
         self.level = plain and not (section.jitter or section.latency or self.leave or section.step_seconds)
@@ -110,23 +114,30 @@ class Devices:
     # -- presence, as the coordinator asks for it
 
     def here(self, now: float) -> Mask | None:
-        if not self.leave:
-            return None
-        if not self._from <= now < self._until:
-            self._from, self._until, self._mask = now, math.inf, np.zeros(len(self._class), bool)
-            for members, at in self._presence:
-                self._mask[members], change = at(now)
-                self._until = min(self._until, change)
-        return self._mask
+        return self._at(now)[0] if self.leave else None
 
     def next_change(self, now: float) -> float:
-        self.here(now)
-        return self._until if self.leave else math.inf
+        return float(self._at(now)[1].min(initial=math.inf)) if self.leave else math.inf
 
-    def stays(self, client: str, now: float) -> bool:
-        """Whether the client is there."""
-        here = self.here(now)
-        return here is None or bool(here[self._place[client]])
+    def _at(self, now: float) -> tuple[Mask, Moments]:
+        """Who is there, and until when that holds of each."""
+        if not self._from <= now < self._changes:
+            mask, until = np.zeros(len(self._class), bool), np.full(len(self._class), math.inf)
+            for members, at in self._presence:
+                mask[members], until[members] = at(now)
+            self._from, self._changes, self._known = now, float(until.min(initial=math.inf)), (mask, until)
+        return self._known
+
+    def _leaves(self, place: int, now: float, end: float) -> float | None:
+        """When the device leaves before the end; None: it stays."""
+        (members, at), moment = self._own[self._class[place]], now
+        mine = int(np.searchsorted(members, place))
+        while moment < end:
+            here, until = at(moment)
+            if not here[mine]:
+                return moment
+            moment = float(until[mine])
+        return None
 
     # -- a task's way
 
@@ -137,9 +148,13 @@ class Devices:
         if section.jitter:
             work *= math.exp(section.jitter * _NORMAL.inv_cdf(_uniform(key.fold(task, "jitter"))))
         began = now + section.latency + bytes_down / float(self._down[place])
+        ends = began + work
+        if self.leave and (left := self._leaves(place, now, ends)) is not None:
+            return Trip(math.inf, left + section.notice, "its device left before its work was done")
         if self._dropout[place] and _uniform(key.fold(task, "dropout")) < self._dropout[place]:
-            return Trip(math.inf, began + work * _uniform(key.fold(task, "moment")) + section.notice)
-        return Trip(began + work)
+            at = began + work * _uniform(key.fold(task, "moment"))
+            return Trip(math.inf, at + section.notice, "its device dropped out")
+        return Trip(ends)
 
     def arrival(self, client: str, done: float, size: int) -> float:
         """When an answer of so many bytes is at the server."""

@@ -155,8 +155,8 @@ class Federation:
             referee = ServerExamples(module, layout, mine, work, apart_from)
         if not layout.columns:
             _check_alone(job, plan)
-        elif plan.error_feedback:
-            _check_error_feedback(plan, layout)
+        else:
+            _check_feedback(plan, layout)
         plan.check_referee(referee is not None)
         chosen = None
         if job.aggregate.reduce == AUTO:
@@ -258,19 +258,26 @@ def _check_alone(job: Job, plan: Plan) -> None:
         )
 
 
-def _check_error_feedback(plan: Plan, layout: Layout) -> None:
-    """Refuse a codec of which nothing is left over, or that loses more than there is: what is left would pile up."""
-    _, codec = built(plan.codec, layout)
-    if codec.lossless:
-        raise InputError(f"client.error_feedback has nothing to add: '{plan.codec!r}' loses nothing; leave out one")
+def _check_feedback(plan: Plan, layout: Layout) -> None:
+    """Refuse error feedback where nothing is left over, or more than there is: what is left would pile up."""
+    if plan.error_feedback:
+        if built(plan.codec, layout)[1].lossless:
+            raise InputError(f"client.error_feedback has nothing to add: '{plan.codec!r}' loses nothing; leave out one")
+        _check_loss("client.error_feedback", plan.codec, layout)
+    if plan.down is not None:
+        _check_loss("server.codec", plan.down, layout)
+
+
+def _check_loss(key: str, rule: Rule, layout: Layout) -> None:
+    _, codec = built(rule, layout)
     row = torch.randn(layout.columns, generator=Key.root(0).torch())
     payload, arrived = codec.encode(row[None], [Key.root(0)])[0], torch.empty_like(row)
     codec.decode(memoryview(payload), arrived)
     lost = float((row - arrived).norm() / row.norm())
     if not lost < 1:
         raise InputError(
-            f"client.error_feedback piles up what '{plan.codec!r}' loses, which is {lost:.1f} times what it is given: "
-            "choose a codec that loses less (random_k: scaled=False), or leave out error_feedback"
+            f"{key} adds what '{rule!r}' loses to what it is given next, and it loses {lost:.1f} times that: "
+            "choose a codec that loses less (random_k: scaled=False)"
         )
 
 

@@ -32,6 +32,7 @@ class Flight:
         self._waiting: dict[Start, dict[int, Train]] = {}
         self._bases: dict[Start, Base] = {}
         self._trained: dict[int, Outcome] = {}
+        self._cancelled: set[int] = set()
 
     def give(self, order: Train, ends: float, base: Base) -> None:
         """Work that begins now, with that, and ends then."""
@@ -49,6 +50,22 @@ class Flight:
         """Whether it is not trained yet."""
         return order.task in self._waiting.get((order.version, order.round), ())
 
+    def cancel(self, task: int) -> None:
+        """It was given up: its device stops, and sends nothing."""
+        self._cancelled.add(task)
+        self._trained.pop(task, None)
+        for start, waiting in self._waiting.items():
+            if waiting.pop(task, None) is not None and not waiting:
+                del self._waiting[start], self._bases[start]
+                break
+
+    def cancelled(self, task: int) -> bool:
+        """Whether what happens now is of a task that was given up; asked once of each."""
+        if task in self._cancelled:
+            self._cancelled.remove(task)
+            return True
+        return False
+
     def keep(self, outcome: Outcome) -> None:
         """What came of a training, until its work ends."""
         self._trained[outcome.task] = outcome
@@ -64,6 +81,8 @@ class Flight:
         info: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for at, event in self.clock.pending():
+            if event.task in self._cancelled:
+                continue
             row: dict[str, Any] = {"at": at}
             if isinstance(event, Train):
                 if event.task not in self._trained and not self.waits(event):
@@ -97,11 +116,11 @@ class Flight:
                 client, task, why, lost = row["outcome"]
                 data = tensors.get(f"data/{task}")
                 outcome = Outcome(client, task, None if data is None else data.numpy().tobytes(), why, lost)
-            if "order" not in row:
+            order = Train(**row["order"]) if "order" in row else None
+            if order is None:
+                assert outcome is not None
                 flight.clock.expect(row["at"], outcome)
-                continue
-            order = Train(**row["order"])
-            if outcome is None:
+            elif outcome is None:
                 start = order.version, order.round
                 theta = tensors["theta/{}/{}".format(*start)]
                 flight.give(order, row["at"], Base(theta, controls.get(start, {})))

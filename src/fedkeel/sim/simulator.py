@@ -99,7 +99,7 @@ class Simulator:
         if not self._begun:  # a resumed run may stand in the middle of a moment
             self._begun = True
             return self._happen() or self._obey(self.coordinator.start(self._now))
-        self._now = self._flight.clock.next
+        self._now = self._flight.clock.advance()
         if not math.isfinite(self._now):
             raise RunError("nothing is under way, and the federation is not over: its scheduler waits for nobody")
         return self._happen() or self._obey(self._timed(self.coordinator.on_tick, self._now))
@@ -107,10 +107,9 @@ class Simulator:
     def _happen(self) -> bool:
         """Deliver what arrives at this moment; True when the federation is over."""
         for event in self._flight.clock.due(self._now):
-            if isinstance(event, orders.Train):
-                if self._finish(event):
-                    return True
-            elif event is not None and self._deliver(event):
+            if self._flight.cancelled(event.task):
+                continue
+            if self._finish(event) if isinstance(event, orders.Train) else self._deliver(event):
                 return True
         return False
 
@@ -134,7 +133,9 @@ class Simulator:
                     self.recorder.checkpoint(state, self.memory, self._now, self._flight)
                     self._spent("record", started)
                 case orders.Wait(until):
-                    self._flight.clock.expect(until, None)
+                    self._flight.clock.wake(until)
+                case orders.Cancel(_, task):
+                    self._flight.cancel(task)
                 case orders.Done():
                     return True
         self._begin(given)
@@ -152,7 +153,7 @@ class Simulator:
             sent = self.server.given(order.client).bytes_down
             trip = devices.trip(order.client, order.task, self._now, sent, steps)
             if trip.lost is not None:
-                lost = Outcome(order.client, order.task, None, "its device dropped out", lost=True)
+                lost = Outcome(order.client, order.task, None, trip.why, lost=True)
                 self._flight.clock.expect(trip.lost, lost)
             elif outcome is not None:
                 self._flight.keep(outcome)
@@ -171,21 +172,18 @@ class Simulator:
             eager = devices.level and "waits_for_all" in self.federation.plan.schedule.definition.traits
             started, before = time.perf_counter(), self._seconds.get("aggregate", 0.0)
             over = False
-            for outcome, _ in self._train(*self._flight.take(order)):
+            for found, _ in self._train(*self._flight.take(order)):
                 if not eager:
-                    self._flight.keep(outcome)
-                elif self._deliver(outcome):
+                    self._flight.keep(found)
+                elif self._deliver(found):
                     over = True
                     break
             self._spent("train", started + self._seconds.get("aggregate", 0.0) - before)
             if over:
                 return True
-        found = self._flight.collect(order)
-        if found is None:
+        outcome = self._flight.collect(order)
+        if outcome is None:
             return False
-        outcome = found
-        if not devices.stays(order.client, self._now):
-            outcome = Outcome(order.client, order.task, None, "its device had left when its work was done", lost=True)
         size = 0 if outcome.data is None else len(outcome.data)
         self._flight.clock.expect(devices.arrival(order.client, self._now, size), outcome)
         return False
