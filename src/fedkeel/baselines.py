@@ -21,7 +21,7 @@ def baselines(job: Job) -> dict[str, Job]:
     """
     sections: dict[str, Any] = job.model_dump(mode="json", exclude_none=True)
     decay = [text for text in job.train.corrections if text.startswith("l2(")]
-    train = {**sections["train"], "corrections": decay, "objective": "plain", "interval": "fixed"}
+    train = {**sections["train"], "corrections": decay, "objective": "plain"}
     train.pop("private_first", None)
     model = {**sections["model"], "private": []}
     record = {key: value for key, value in sections["record"].items() if key not in ("fine_tune", "contribution")}
@@ -31,7 +31,7 @@ def baselines(job: Job) -> dict[str, Job]:
     plain["server"] = {"examples": job.server.examples}
     together = ("attack", "select", "schedule", "devices")
     apart = {key: value for key, value in plain.items() if key not in together} | {"rounds": _rounds_alone(job)}
-    plain["schedule"] = {key: value for key, value in sections["schedule"].items() if key != "rule"}
+    plain["schedule"] = {key: value for key, value in sections["schedule"].items() if key == "seconds"}
     return {
         FEDAVG: Job(**plain),
         LOCAL: Job(**apart | {"model": model | {"private": ["*"]}}),

@@ -56,9 +56,6 @@ class Train(Section):
     lr_schedule: str = Field("constant", description="factor of lr over the rounds: `fedkeel rules rate`")
     optimiser: str = Field("sgd", description="of the client's steps: `fedkeel rules optimiser`")
     stopping: str = Field("epochs(epochs=1)", description="how long a client trains: `fedkeel rules stopping`")
-    interval: str = Field(
-        "fixed", description="how a client's steps change from update to update: `fedkeel rules interval`"
-    )
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of each client's examples that it does not train on, to tell its loss by"
     )
@@ -86,6 +83,9 @@ class Schedule(Section):
     """When a round closes."""
 
     rule: str = Field("sync", description="`fedkeel rules scheduler`")
+    interval: str = Field(
+        "fixed", description="how a client's steps change from update to update: `fedkeel rules interval`"
+    )
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="end of the run by the federation's clock, if its rounds are not done before"
     )

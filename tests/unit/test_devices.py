@@ -308,7 +308,8 @@ def test_intervals_adapt_client_by_client_and_survive_an_interruption(tmp_path):
     sections = {
         "rounds": 8,
         "data": {"clients": 12, "partition": "shards(classes_per_client=2)", "holdout": 0.2},
-        "train": {"interval": "agreement(agree=0.2, change=1.5)", "stopping": "budget(steps=8)"},
+        "train": {"stopping": "budget(steps=8)"},
+        "schedule": {"interval": "agreement(agree=0.2, change=1.5)"},
         "devices": {"profile": "equal"},
     }
     whole = fedkeel.run(job(**sections), tmp_path / "whole", with_report=False)
@@ -327,4 +328,4 @@ def test_intervals_adapt_client_by_client_and_survive_an_interruption(tmp_path):
         fedkeel.run(job(**sections), tmp_path / "broken", watch=stop, with_report=False)
     assert fedkeel.resume(tmp_path / "broken", with_report=False).updates == whole.updates
     with pytest.raises(InputError, match=r"scales the steps of train.stopping = 'budget"):
-        fedkeel.run(job(**{**sections, "train": {"interval": "agreement"}}), tmp_path / "no")
+        fedkeel.run(job(**{**sections, "train": {}}), tmp_path / "no")

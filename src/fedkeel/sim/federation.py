@@ -106,7 +106,7 @@ class Federation:
         _check_stopping(job)
         if plan.interval is not None and "speed" not in work.stopping.definition.traits:
             raise InputError(
-                f"train.interval = '{plan.interval!r}' scales the steps of train.stopping = 'budget(steps=...)': "
+                f"schedule.interval = '{plan.interval!r}' scales the steps of train.stopping = 'budget(steps=...)': "
                 f"write that instead of '{work.stopping!r}'"
             )
         _check_fine_tune(job, work)
@@ -355,7 +355,7 @@ def build_plan(job: Job) -> Plan:
         work=build_work(job),
         population=1 if job.data.pooled else job.data.clients,
         longest_wait=job.select.longest_wait,
-        interval=None if job.train.interval == "fixed" else job.rule("train.interval", "interval"),
+        interval=None if job.schedule.interval == "fixed" else job.rule("schedule.interval", "interval"),
         error_feedback=job.client.error_feedback,
         down=None if job.server.codec == "float32" else job.rule("server.codec", "codec"),
         down_zstd=job.server.zstd,
