@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
-from fedkeel.core.roster import Candidates, Roster
+from fedkeel.core.roster import Candidates, Register, Roster
 
 NAMES = [f"client-{i:02d}" for i in range(13)]
 
 
 def federation(sizes: dict[str, int]) -> Roster:
     groups = {f"{group}-{i:03d}": group for group, size in sizes.items() for i in range(size)}
-    return Roster(list(groups), groups)
+    return Roster(Register(list(groups), groups))
 
 
 def test_a_roster_is_sorted_and_refuses_a_name_given_twice() -> None:

@@ -13,13 +13,14 @@ from fedkeel.config import Job
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import build, names, parse
+from fedkeel.core.roster import Register
 from fedkeel.sim.devices import Devices
 
 NAMES = [f"client-{i:03d}" for i in range(120)]
 
 
 def devices(clients: int = 120, **section) -> Devices:
-    return Devices(Job(data={"clients": clients}, devices=section), NAMES[:clients], Key.root(0))
+    return Devices(Job(data={"clients": clients}, devices=section), Register(NAMES[:clients]), Key.root(0))
 
 
 def job(**sections) -> Job:

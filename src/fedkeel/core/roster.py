@@ -18,30 +18,44 @@ Floats = NDArray[np.float32]
 Whole = NDArray[np.int64]
 
 
-class Roster:
-    """Clients sorted by id, their device groups, and what they have done so far. One place in each array a client.
+class Register:
+    """Clients sorted by id, and the classes of their devices: what stays. One place in each array a client."""
 
-    selected: how often each was given work; last: in which round, 0 for never. loss, examples, seconds: what its latest
-    admitted answer claimed, and how long it took by the federation's clock; NaN before the first. busy: it is at work.
-    version: of the model that it was given last, -1 for none. before: the loss of the answer before the latest. factor:
-    of the steps of its next task.
-    """
-
-    def __init__(
-        self, names: Sequence[str], groups: Mapping[str, str] | None = None, known: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """`groups` names each client's group, `known` is what `state` gave."""
+    def __init__(self, names: Sequence[str], groups: Mapping[str, str] | None = None) -> None:
+        """`groups` names the class of each client's device; one for all where there is none."""
         self.names = tuple(sorted(names))
         self.index = {name: i for i, name in enumerate(self.names)}
         if len(self.index) != len(names):
             raise InputError(f"{len(names)} clients have {len(self.index)} different ids: give each its own")
-        self.groups = tuple(sorted(set(groups.values()))) if groups else ("all",)
+        self.classify([groups[name] for name in self.names] if groups else ["all"] * len(self.names))
+
+    def classify(self, labels: Sequence[str]) -> None:
+        """The class of each client's device, in the order of the names."""
+        self.groups = tuple(sorted(set(labels)))
         place = {group: i for i, group in enumerate(self.groups)}
-        count = len(self.names)
-        self.group = np.zeros(count, np.int16)
-        if groups:
-            self.group[:] = [place[groups[name]] for name in self.names]
+        self.group = np.fromiter((place[label] for label in labels), np.int16, len(labels))
         self.sizes = np.bincount(self.group, minlength=len(self.groups))
+
+    def device(self, client: str) -> str:
+        """The class of a client's device."""
+        return self.groups[int(self.group[self.index[client]])]
+
+
+class Roster:
+    """A register, and what the clients have done so far. One place in each array a client.
+
+    selected: how often each was given work; last: in which round, 0 for never. loss, examples, seconds: what its latest
+    admitted answer claimed, and how long it took by the federation's clock; NaN before the first. busy: it is at work,
+    or rests. version: of the model that it was given last, -1 for none. before: the loss of the answer before the
+    latest. factor: of the steps of its next task.
+    """
+
+    def __init__(self, clients: Register | Sequence[str], known: Mapping[str, Tensor] | None = None) -> None:
+        """`known` is what `state` gave."""
+        self.register = clients if isinstance(clients, Register) else Register(clients)
+        self.names, self.index = self.register.names, self.register.index
+        self.groups, self.group, self.sizes = self.register.groups, self.register.group, self.register.sizes
+        count = len(self.names)
         self.busy = np.zeros(count, bool)
         self.selected, self.last = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.loss, self.before, self.examples, self.seconds = (np.full(count, np.nan, np.float32) for _ in range(4))
@@ -67,7 +81,7 @@ class Roster:
     def devices(self, clients: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
         """The classes of these clients' devices, and how many clients there are of each class."""
         sizes = dict(zip(self.groups, self.sizes.tolist(), strict=True))
-        return tuple(self.groups[self.group[self.index[client]]] for client in clients), sizes
+        return tuple(map(self.register.device, clients)), sizes
 
     def state(self) -> dict[str, Tensor]:
         """What to keep: copies."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import Rule
-from fedkeel.core.roster import Candidates, Roster
+from fedkeel.core.roster import Candidates, Register, Roster
 from fedkeel.core.types import InFlight, Refusal, RoundReport, ServerState, View
 from fedkeel.round.plan import Plan
 from fedkeel.round.server import Server
@@ -112,21 +112,20 @@ class Coordinator:
         self,
         plan: Plan,
         server: Server,
-        clients: Sequence[str],
+        clients: Register | Sequence[str],
         key: Key,
         *,
         rounds: int,
         evaluate_every: int = 1,
         checkpoint_every: int = 1,
         until: float = math.inf,
-        groups: Mapping[str, str] | None = None,
         presence: Presence | None = None,
         now: float = 0.0,
     ) -> None:
         self.plan = plan
         self.server = server
         self.rounds = rounds
-        self.roster = Roster(clients, groups, server.state.roster)
+        self.roster = Roster(clients, server.state.roster)
         self._key = key
         self._evaluate_every = evaluate_every
         self._checkpoint_every = checkpoint_every

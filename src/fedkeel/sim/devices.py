@@ -16,6 +16,7 @@ from fedkeel.config import DeviceClass, Job
 from fedkeel.core.errors import InputError, nearest
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import parse
+from fedkeel.core.roster import Register
 from fedkeel.sim.availability import Availability, Mask, Moments
 
 REFERENCE = {"A": 1.0, "B": 2.3, "C": 5.7}
@@ -40,13 +41,14 @@ class Devices:
     latency + bytes / up.
     """
 
-    def __init__(self, job: Job, names: Sequence[str], key: Key) -> None:
-        """Names as the roster has them, sorted. Raises `InputError` for classes that do not fit."""
+    def __init__(self, job: Job, register: Register, key: Key) -> None:
+        """The register is told the classes. Raises `InputError` for classes that do not fit."""
+        self.register, names = register, register.names
         section = job.devices
         self._section = section
         self._key = key.fold("trip")
         self.classes = _classes(section.profile, section.classes)
-        self._place = {name: i for i, name in enumerate(names)}
+        self._place = register.index
         self._class = _assigned(self.classes, names, key.fold("classes"))
         kinds = tuple(self.classes.values())
         # One place a client; no bandwidth is a message that takes no time.
@@ -57,7 +59,7 @@ class Devices:
         labels = np.array(list(self.classes))[self._class].tolist()
         if section.file is not None:
             self._read(Path(section.file), labels)
-        self.of = dict(zip(names, labels, strict=True)) if len(set(labels)) > 1 else {}
+        register.classify(labels)
         self._presence = [
             (members, self._availability(kind, [names[i] for i in members.tolist()], key.fold("available", name)))
             for at, (name, kind) in enumerate(self.classes.items())
@@ -106,6 +108,13 @@ class Devices:
                         figures[name][place] = getattr(kind, name)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"devices.file '{path}' cannot be read ({error}): name a CSV file") from None
+
+    @property
+    def of(self) -> dict[str, str]:
+        """Client -> the class of its device; nothing where there is but one."""
+        return (
+            {name: self.register.device(name) for name in self.register.names} if len(self.register.groups) > 1 else {}
+        )
 
     def speed(self, client: str) -> float:
         """Local work in a time, relative to a device of time 1."""

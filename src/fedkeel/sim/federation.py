@@ -15,6 +15,7 @@ from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build, definition
+from fedkeel.core.roster import Register
 from fedkeel.core.types import ClientMemory
 from fedkeel.round import device
 from fedkeel.round.plan import Plan
@@ -132,7 +133,7 @@ class Federation:
         if job.data.pooled:
             data = replace(data, offsets=data.offsets[[0, -1]])
         names = (POOLED,) if job.data.pooled else split.names
-        devices = Devices(job, sorted(names), key.fold("devices"))
+        devices = Devices(job, Register(names), key.fold("devices"))
         adversary = Adversary.among(names, job.attack.clients, job.attacks, key.fold("attack"))
         adversary.check(pool, layout)
         data = adversary.poison(data, names, pool.classes)

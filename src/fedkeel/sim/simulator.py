@@ -58,18 +58,19 @@ class Simulator:
         self.coordinator = Coordinator(
             federation.plan,
             self.server,
-            federation.names,
+            devices.register,
             federation.key,
             rounds=job.rounds,
             evaluate_every=job.record.evaluate_every,
             checkpoint_every=job.record.checkpoint_every,
             until=math.inf if job.schedule.seconds is None else job.schedule.seconds,
-            groups=devices.of,
             presence=devices,
             now=now,
         )
         self._given = trainer
-        self._index = {name: i for i, name in enumerate(federation.names)}
+        known = devices.register
+        same = federation.names == known.names
+        self._index = known.index if same else {name: i for i, name in enumerate(federation.names)}
         self._private = federation.private()
         self._tuner = federation.tuner()
         self._lr = federation.work.at(1).lr

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedkeel.core.registry import Rule
-from fedkeel.core.roster import Candidates, Roster
+from fedkeel.core.roster import Candidates, Register, Roster
 from fedkeel.testing.harness import KEY, hold, law
 
 
 def candidates(count: int, *, round: int = 5, busy: int = 0) -> Candidates:
     """Clients of three classes of devices, of whom some have worked; the last `busy` are at work."""
     names = [f"client-{i:03d}" for i in range(count)]
-    roster = Roster(names, {name: "ABC"[i % 3] for i, name in enumerate(names)})
+    roster = Roster(Register(names, {name: "ABC"[i % 3] for i, name in enumerate(names)}))
     draw = KEY.fold("roster", count).numpy()
     for place in np.flatnonzero(draw.random(count) < 0.6).tolist():
         roster.select(place, int(draw.integers(1, round + 1)))
