@@ -103,9 +103,9 @@ class Presence(Protocol):
 class Coordinator:
     """Gives out work, lets answers in, closes rounds when its scheduler says so, for `rounds` rounds.
 
-    `now` is the caller's clock in seconds and never runs backwards; at `until` the round that is open is skipped, and
-    the last. Every method returns the commands to carry out, in order. A skipped round counts, so the run always ends;
-    a message after the end changes nothing. A server whose state has work in flight goes on with it.
+    `now` is the caller's clock in seconds and never runs backwards; at `until` the run ends, and the round that is open
+    then is skipped. Every method returns the commands to carry out, in order. A skipped round counts, so the run always
+    ends; a message after the end changes nothing. A server whose state has work in flight goes on with it.
     """
 
     def __init__(
