@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,8 +24,8 @@ class Train:
     """Have the client train from the model version; its answer carries the task. `deadline` in seconds, or None.
 
     Rounds count from 1. `settled` is the latest of its tasks whose update was used: what its corrections made of that
-    one is what they keep (`device.recall`). `turn` counts the client's tasks of this round, from 0. `factor` scales its
-    steps, where the stopping rule goes by the device's speed.
+    one is what they keep (`device.recall`). `factor` scales its steps, where the stopping rule goes by the device's
+    speed.
     """
 
     client: str
@@ -35,7 +34,6 @@ class Train:
     version: int
     deadline: float | None
     settled: int | None = None
-    turn: int = 0
     factor: float = 1.0
 
 
@@ -137,7 +135,6 @@ class Coordinator:
             self.roster.busy[self.roster.index[client]] = True
         self._earlier = set(self._in_flight)
         self._resting: list[int] = []
-        self._turns: Counter[str] = Counter()
         self._started = self._lost = 0
         self._began = now
         self._over = False
@@ -260,10 +257,8 @@ class Coordinator:
             task = self.server.give(client, now, int(self.roster.version[place]))
             self._in_flight[client] = self.server.given(client)
             self.roster.select(place, number, state.version)
-            settled, turn = self.server.settled(client), self._turns[client]
-            self._turns[client] += 1
-            factor = float(self.roster.factor[place])
-            commands.append(Train(client, task, number, state.version, deadline, settled, turn, factor))
+            settled, factor = self.server.settled(client), float(self.roster.factor[place])
+            commands.append(Train(client, task, number, state.version, deadline, settled, factor))
         self._began = now if self._started == 0 else self._began
         self._started += len(commands)
         return commands
@@ -309,7 +304,6 @@ class Coordinator:
             self._stretch(self.plan.interval, report)
         self.roster.busy[self._resting] = False
         self._resting.clear()
-        self._turns.clear()
         self._earlier = set(self._in_flight)
         self._started = self._lost = 0
         self._began = now

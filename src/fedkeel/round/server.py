@@ -380,7 +380,7 @@ class Server:
     def _tell(self, outcome: Outcome) -> None:
         """What corrections send from now on, and whose update was used. Spoils the rows: the last of a round."""
         used = [self._admitted[row].update.claims for row, weight in outcome.weights.items() if weight > 0]
-        if any(rule.hook("after") for rule in self.plan.corrections):
+        if self.plan.remembers:
             settled = {**self.state.trust.get("used", {}), **{claims.client: claims.task for claims in used}}
             self.state = self.state.replace(trust={**self.state.trust, "used": settled})
         if not self._told:

@@ -60,13 +60,12 @@ class Devices:
         if section.file is not None:
             self._read(Path(section.file), labels)
         register.classify(labels)
-        self._presence = [
-            (members, self._availability(kind, [names[i] for i in members.tolist()], key.fold("available", name)))
+        self._presence = {
+            at: (members, self._availability(kind, [names[i] for i in members.tolist()], key.fold("available", name)))
             for at, (name, kind) in enumerate(self.classes.items())
             if len(members := np.flatnonzero(self._class == at))
-        ]
+        }
         self.leave = any(kind.available != "always" for kind in kinds)
-        self._own = {int(self._class[members[0]]): (members, at) for members, at in self._presence}
         self._known = np.ones(len(names), bool), np.full(len(names), math.inf)
         self._from = self._changes = -math.inf
         free = not bool((np.isfinite(self._up) | np.isfinite(self._down) | (self._dropout > 0)).any())
@@ -132,14 +131,14 @@ class Devices:
         """Who is there, and until when that holds of each."""
         if not self._from <= now < self._changes:
             mask, until = np.zeros(len(self._class), bool), np.full(len(self._class), math.inf)
-            for members, at in self._presence:
+            for members, at in self._presence.values():
                 mask[members], until[members] = at(now)
             self._from, self._changes, self._known = now, float(until.min(initial=math.inf)), (mask, until)
         return self._known
 
     def _leaves(self, place: int, now: float, end: float) -> float | None:
         """When the device leaves before the end; None: it stays."""
-        (members, at), moment = self._own[self._class[place]], now
+        (members, at), moment = self._presence[int(self._class[place])], now
         mine = int(np.searchsorted(members, place))
         while moment < end:
             here, until = at(moment)

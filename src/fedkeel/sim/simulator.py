@@ -209,7 +209,7 @@ class Simulator:
         """Train all who start from the same version, and seal what each one sends; with the steps that it took."""
         federation, adversary = self.federation, self.federation.adversary
         by_index = {self._index[o.client]: o for o in starting}
-        keys = {o.client: self._key(o) for o in starting}
+        keys = {o.client: federation.key.fold("client", o.round, o.client) for o in starting}
         seen: list[Claims | None] = [None] * len(starting)
         rows = torch.empty(len(starting) if adversary.crafts_rows else 0, federation.layout.columns)
         slots = {o.client: i for i, o in enumerate(starting)}
@@ -240,11 +240,6 @@ class Simulator:
             kept = [slot for slot, claims in enumerate(seen) if claims is not None]
             rows = rows if len(kept) == len(rows) else rows[kept]
             yield from self._crafted(rows, [c for c in seen if c is not None], keys, round, control)
-
-    def _key(self, order: orders.Train) -> Key:
-        """A client's key of its work: its first of a round, or a later one."""
-        key = self.federation.key.fold("client", order.round, order.client)
-        return key.fold("turn", order.turn) if order.turn else key
 
     def _count_failure(self, why: str) -> None:
         """End the run when as many as a cohort have raised, one after another, and nobody got through."""
