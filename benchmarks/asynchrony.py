@@ -23,7 +23,7 @@ import torch
 import fedkeel
 import resumable
 from fedkeel.core.keys import Key
-from fedkeel.sim.pool import Pool, Split
+from fedkeel.world.pool import Pool, Split
 from localwork import interval
 
 RESULTS = Path(__file__).parent / "results" / "asynchrony.jsonl"

@@ -18,8 +18,8 @@ import torch
 import fedkeel
 import resumable
 from fedkeel.core.keys import Key
-from fedkeel.sim.federation import Federation
 from fedkeel.train import Task, evaluate
+from fedkeel.world.federation import Federation
 
 RESULTS = Path(__file__).parent / "results" / "defences.jsonl"
 CLIENTS, ROUNDS, SERVER = 50, 20, 500

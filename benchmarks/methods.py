@@ -12,8 +12,8 @@ from pathlib import Path
 
 import fedkeel
 from fedkeel.core.types import ClientMemory, RoundReport, ServerState
-from fedkeel.sim.federation import Federation
 from fedkeel.sim.simulator import Simulator
+from fedkeel.world.federation import Federation
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 ROUNDS = 28

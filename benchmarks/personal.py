@@ -24,7 +24,7 @@ import resumable
 from defence_tables import spread
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
-from fedkeel.sim.pool import Pool, Split
+from fedkeel.world.pool import Pool, Split
 
 RESULTS = Path(__file__).parent / "results" / "personal.jsonl"
 ROUNDS = 10

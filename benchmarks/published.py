@@ -19,7 +19,7 @@ from defence_tables import spread
 from defences import MEAN, OURS, SERVER, accuracy
 from defences import defences as compositions
 from fedkeel.core.keys import Key
-from fedkeel.sim.federation import Federation
+from fedkeel.world.federation import Federation
 
 RESULTS = Path(__file__).parent / "results" / "published.jsonl"
 CLIENTS, HOSTILE, ROUNDS, CLEAN = 100, 20, 50, "none"

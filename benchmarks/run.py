@@ -22,6 +22,7 @@ import asynchrony
 import codec
 import compression
 import defence_tables
+import deployment
 import detection
 import localwork
 import methods
@@ -98,6 +99,7 @@ def write_tables() -> None:
     if compression.RESULTS.exists():  # by benchmarks/compression.py
         text = replaced(text, "compression", compression.table(resumable.read(compression.RESULTS)))
     text = replaced(text, "week", week.table(results["week"])) if "week" in results else text
+    text = replaced(text, "deployment", deployment.table(results["deployment"])) if "deployment" in results else text
     text = replaced(text, "methods", methods.table(results["methods"])) if "methods" in results else text
     text = replaced(text, "outofcore", outofcore.table(results["outofcore"])) if "outofcore" in results else text
     page.write_text(text)

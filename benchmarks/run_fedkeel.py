@@ -24,8 +24,8 @@ def main() -> None:
     import torch
 
     import fedkeel
-    from fedkeel.sim.pool import Pool, Split
     from fedkeel.train import Scale
+    from fedkeel.world.pool import Pool, Split
 
     with np.load(timed.data) as file:
         arrays = {name: file[name] for name in file.files}

@@ -20,9 +20,9 @@ import torch
 
 import fedkeel
 from fedkeel.core.types import ClientMemory, ServerState
-from fedkeel.sim.federation import Federation
-from fedkeel.sim.pool import Pool
 from fedkeel.sim.simulator import Simulator
+from fedkeel.world.federation import Federation
+from fedkeel.world.pool import Pool
 
 RESULTS = Path(__file__).parent / "results" / "week.json"
 WEEK = 7 * 86400.0

@@ -27,6 +27,7 @@ import fedkeel
 from fedkeel import cli, testing
 from fedkeel.config import Job
 from fedkeel.core.registry import KINDS, Definition, definition, names, type_name
+from fedkeel.deploy.folder import NodeFile, Peer, ServerFile
 from fedkeel.round import wire
 from fedkeel.template import _TOP
 
@@ -99,17 +100,22 @@ def code(value: object) -> str:
 def commands() -> str:
     """Every command: usage, help, arguments and options."""
     parts = []
-    for registered in cli.app.registered_commands:
+    found = [("", registered) for registered in cli.app.registered_commands]
+    for group in cli.app.registered_groups:
+        assert group.typer_instance is not None
+        found += [(f"{group.name} ", registered) for registered in group.typer_instance.registered_commands]
+    for group_name, registered in found:
         function = registered.callback
         assert function is not None
         hints = typing.get_type_hints(function, include_extras=True)
-        rows, usage = [], [f"fedkeel {function.__name__}"]
+        called_as = group_name + function.__name__
+        rows, usage = [], [f"fedkeel {called_as}"]
         for name, spec in inspect.signature(function).parameters.items():
             base, info = typing.get_args(hints[name])
             shown, called = _argument(name, base, info, spec.default)
             usage.append(called)
             rows.append((code(shown), info.help or "", _default(spec.default, base)))
-        text = f"## {function.__name__}\n\n{prose(inspect.getdoc(function) or '')}\n\n    {' '.join(usage)}\n\n"
+        text = f"## {called_as}\n\n{prose(inspect.getdoc(function) or '')}\n\n    {' '.join(usage)}\n\n"
         parts.append(text + table(("argument or option", "meaning", "default"), rows))
     return "\n\n".join(parts)
 
@@ -123,7 +129,8 @@ def _argument(name: str, base: Any, info: Any, default: Any) -> tuple[str, str]:
         return shown, called if default is inspect.Parameter.empty else f"[{called}]"
     given = [d for d in (info.default, *(info.param_decls or ())) if isinstance(d, str)]
     option = given[0] if given else f"--{name}"
-    value = info.metavar or {"bool": "", "int": "N", "str": "TEXT"}.get(getattr(base, "__name__", ""), "PATH")
+    plain = next((part for part in typing.get_args(base) if part in (int, str)), base)
+    value = info.metavar or {"bool": "", "int": "N", "str": "TEXT"}.get(getattr(plain, "__name__", ""), "PATH")
     shown = f"{option} {value}".strip()
     return shown, shown if default is inspect.Parameter.empty else f"[{shown}]{' ...' if many else ''}"
 
@@ -132,6 +139,19 @@ def _default(default: Any, base: Any) -> str:
     if default is inspect.Parameter.empty:
         return "required"
     return "" if default is None or base is bool else code(default)
+
+
+def deployment_files() -> str:
+    """The keys of server.toml and node.toml."""
+    parts = []
+    for name, model in (("server.toml", ServerFile), ("node.toml", NodeFile), ("server.toml, [nodes.NAME]", Peer)):
+        hints = typing.get_type_hints(model, include_extras=True)
+        rows = [
+            (code(k), type_name(hints[k]), "required" if f.is_required() else code(f.default), f.description or "")
+            for k, f in model.model_fields.items()
+        ]
+        parts.append(f"## {name}\n\n" + table(("key", "type", "default", "meaning"), rows))
+    return "\n\n".join(parts)
 
 
 def keys() -> str:
@@ -349,6 +369,7 @@ def picture(report: Path, out: Path) -> None:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/reference/cli.md": {"commands": commands},
+    "docs/reference/deployment.md": {"files": deployment_files},
     "docs/reference/job.md": {"keys": keys},
     "docs/reference/rules.md": {"rules": rules},
     "docs/reference/api.md": {"api": api, "laws": laws},

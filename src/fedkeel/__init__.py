@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fedkeel.api import Progress as Progress
     from fedkeel.api import Run as Run
     from fedkeel.api import reduce_files as reduce_files
     from fedkeel.api import report as report
@@ -49,11 +48,12 @@ if TYPE_CHECKING:
     from fedkeel.probing import Cell as Cell
     from fedkeel.probing import Probe as Probe
     from fedkeel.probing import probe as probe
-    from fedkeel.sim.pool import Pool as Pool
-    from fedkeel.sim.pool import Split as Split
+    from fedkeel.world.pool import Pool as Pool
+    from fedkeel.world.pool import Split as Split
+    from fedkeel.world.record import Progress as Progress
 
 _HOMES = {
-    "fedkeel.api": ("Progress", "Run", "reduce_files", "report", "resume", "run"),
+    "fedkeel.api": ("Run", "reduce_files", "report", "resume", "run"),
     "fedkeel.comparison": ("Comparison", "Variant", "compare"),
     "fedkeel.config": ("Job", "load"),
     "fedkeel.core.errors": (
@@ -70,7 +70,8 @@ _HOMES = {
     "fedkeel.core.roster": ("Candidates",),
     "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Local", "Refusal", "ServerState", "Update", "View"),
     "fedkeel.probing": ("Cell", "Probe", "probe"),
-    "fedkeel.sim.pool": ("Pool", "Split"),
+    "fedkeel.world.pool": ("Pool", "Split"),
+    "fedkeel.world.record": ("Progress",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -15,29 +13,15 @@ from fedkeel import plugins
 from fedkeel.config import Job, load
 from fedkeel.core.errors import InputError, InterruptedRunError, RunError
 from fedkeel.core.registry import Rule, parse
-from fedkeel.core.types import LOST, ClientMemory, RoundReport, ServerState
-from fedkeel.ship import card, checkpoint, stored
+from fedkeel.core.types import ClientMemory, ServerState
+from fedkeel.ship import checkpoint, stored
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
-from fedkeel.sim.evaluation import Figures, Value
-from fedkeel.sim.federation import Federation
 from fedkeel.sim.flight import Flight
-from fedkeel.sim.pool import label_histogram
 from fedkeel.sim.simulator import Simulator
-from fedkeel.train import Prepare, Trainer
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run stands: what a watcher is told after every round, and once before the first (round 0)."""
-
-    path: Path
-    round: int
-    rounds: int
-    metrics: Mapping[str, Value]
-    used: int
-    refused: int
-    skipped: str | None
+from fedkeel.train import Trainer
+from fedkeel.world.federation import Federation
+from fedkeel.world.record import Record, Watcher, described
 
 
 def reduce_files(
@@ -68,9 +52,6 @@ def reduce_files(
     if not isinstance(rule, Rule) or rule.kind != "reducer":
         raise InputError(f"reducer = {reducer!r} is no reducer: write a name, as 'median', or build one")
     return stored.reduce_files(rows, rule, out, weights, memory=size, watch=watch)
-
-
-Watcher = Callable[[Progress], None]
 
 
 class Run:
@@ -154,7 +135,7 @@ def run(job: Job, out: Path | str | None = None, *, watch: Watcher | None = None
         directory = RunDir.create(out or _free(job.name), kept.to_toml(), texts)
         state = ServerState(federation.theta())
         with directory.lock(), directory.ledger() as ledger:
-            ledger.write_meta(_meta(federation, trainer, directory.job.read_text()))
+            ledger.write_meta(described(federation, trainer.name, directory.job.read_text()))
             ledger.write_clients(federation.devices.of)
             _simulate(directory, ledger, federation, trainer, state, ClientMemory(), watch)
     return _finished(directory, with_report)
@@ -189,7 +170,7 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
             if len(ledger.rounds()) < state.round:
                 raise InputError(f"ledger '{directory.ledger_path}' lacks rounds before {state.round}: restore it")
             ledger.rewind(state.round)
-            ledger.write_meta(_meta(federation, trainer, text))
+            ledger.write_meta(described(federation, trainer.name, text))
             _simulate(directory, ledger, federation, trainer, state, memory, watch, now, flight)
     return _finished(directory, with_report)
 
@@ -212,42 +193,6 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return labels
 
 
-class _Record:
-    """Writes what the simulator says into the run directory, and tells the watcher."""
-
-    def __init__(self, directory: RunDir, ledger: Ledger, federation: Federation, watch: Watcher | None) -> None:
-        self.directory = directory
-        self.ledger = ledger
-        self.federation = federation
-        self.watch = watch
-        self._latest: Mapping[str, Value] = {}
-
-    def round(self, report: RoundReport) -> None:
-        adversary = self.federation.adversary
-        self.ledger.write_round(report, set(adversary.clients))
-        if self.watch is not None:
-            refused = sum(row.refusal is not None and row.refusal.stage not in LOST for row in report.clients)
-            used = sum(row.weight > 0 for row in report.clients)
-            rounds = self.federation.job.rounds
-            self.watch(Progress(self.directory.path, report.round, rounds, self._latest, used, refused, report.skipped))
-
-    def metrics(self, round: int, version: int, figures: Sequence[Figures]) -> None:
-        with self.ledger.transaction():
-            for found in figures:
-                self.ledger.write_metrics(round, version, found.values, found.examples, found.scope)
-        self._latest = next(found.values for found in figures if found.scope == self.federation.headline)
-        if round == 0 and self.watch is not None:
-            self.watch(Progress(self.directory.path, 0, self.federation.job.rounds, self._latest, 0, 0, None))
-
-    def checkpoint(self, state: ServerState, memory: ClientMemory, now: float, flight: Flight) -> None:
-        digest = self.federation.layout.digest
-        self.ledger.sync()  # a checkpoint must never be newer than the ledger, even after a power cut
-        under_way, attached = flight.state()
-        extra = {"time": now, "flight": under_way}
-        checkpoint.save(self.directory.checkpoints, state, memory, extra, attached=attached, layout_digest=digest)
-        checkpoint.prune(self.directory.checkpoints)
-
-
 def _simulate(
     directory: RunDir,
     ledger: Ledger,
@@ -259,25 +204,12 @@ def _simulate(
     now: float = 0.0,
     flight: Flight | None = None,
 ) -> None:
-    record = _Record(directory, ledger, federation, watch)
+    record = Record(directory, ledger, federation, watch)
     try:
         final = Simulator(federation, trainer, state, memory, record, now, flight).run()
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; go on with: fedkeel resume {directory.path}") from None
-    pool = federation.pool
-    card.write(
-        directory.model,
-        federation.layout,
-        final.theta,
-        version=federation.job.model.version,
-        inputs=card.Inputs(
-            pool.inputs, str(pool.prepare(pool.x[:1]).dtype).removeprefix("torch."), _in_words(pool.prepare)
-        ),
-        labels=pool.labels,
-        job=federation.job.name,
-        rounds=final.round,
-        recipe=repr(federation.plan),
-    )
+    record.model(final)
 
 
 def _finished(directory: RunDir, with_report: bool) -> Run:
@@ -285,35 +217,6 @@ def _finished(directory: RunDir, with_report: bool) -> Run:
     if with_report:
         done.report()
     return done
-
-
-def _meta(federation: Federation, trainer: Trainer, settings: str) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    job, pool = federation.job, federation.pool
-    histogram = label_histogram(federation.data, pool.classes).tolist() if pool.classes else None
-    return {
-        "job": job.name,
-        "seed": job.seed,
-        "rounds": job.rounds,
-        "plan": federation.plan.steps,
-        **({"auto": federation.chosen} if federation.chosen else {}),
-        "headline": federation.headline,
-        "backend": trainer.name,
-        "fedkeel": version("fedkeel"),
-        "torch": version("torch"),
-        "columns": federation.layout.columns,
-        "clients": list(federation.names),
-        "labels": list(pool.labels),
-        "label_histogram": histogram,
-        "hostile": sorted(federation.adversary.clients),
-        "settings": settings,
-    }
-
-
-def _in_words(prepare: Prepare) -> str:
-    """What was done to the inputs, the same text in every process."""
-    return f"{prepare.__module__}.{prepare.__qualname__}" if isinstance(prepare, FunctionType) else repr(prepare)
 
 
 def _free(name: str) -> Path:

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fedkeel import deployment, live
+
 if TYPE_CHECKING:
     from fedkeel.api import Run
     from fedkeel.config import Job
@@ -24,6 +26,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(deployment.app, name="deploy")
+app.command()(deployment.server)
+app.command()(deployment.client)
+app.command()(live.dashboard)
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel import plugins
-from fedkeel.api import Progress, Run, Watcher, resume, run
+from fedkeel.api import Run, resume, run
 from fedkeel.baselines import baselines
 from fedkeel.config import Job
 from fedkeel.core.errors import InputError
+from fedkeel.world.record import Progress, Watcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def known(value: float) -> float | None:
 
 def _jobs(job: Job, settings: Mapping[str, str], seeds: int) -> list[Job]:
     """The job with these settings at every seed, checked as far as it can be without its data."""
-    from fedkeel.sim.federation import build_plan, build_work
+    from fedkeel.world.federation import build_plan, build_work
 
     plugins.load(job.plugins)
     varied = job.with_settings(f"{key}={value}" for key, value in settings.items())

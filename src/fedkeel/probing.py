@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fedkeel import plugins
-from fedkeel.api import Progress
 from fedkeel.comparison import folder, interval, known, run_or_resume, teller
 from fedkeel.config import Job
 from fedkeel.core.errors import FedkeelError, InputError, InterruptedRunError
-from fedkeel.sim.composition import hostile_in_cohort
+from fedkeel.world.composition import hostile_in_cohort
+from fedkeel.world.record import Progress
 
 ATTACKS = (
     *("sign_flip", "gaussian", "nan", "alie", "ipm(scale=2.0)", "min_max", "min_sum", "fang", "mimic", "replacement"),
@@ -127,7 +127,7 @@ def probe(
     again. Writes `probe.csv` and `report.html`. Raises `InputError` before the first run for what can not be tried.
     """
     from fedkeel.ship.report import write_probe
-    from fedkeel.sim.federation import build_plan
+    from fedkeel.world.federation import build_plan
 
     if not 0 < hostile < job.data.clients:
         raise InputError(f"hostile = {hostile}: write 1 to {job.data.clients - 1}, fewer than data.clients")

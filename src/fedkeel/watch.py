@@ -21,9 +21,9 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedkeel import api
     from fedkeel.comparison import Comparison
     from fedkeel.probing import Probe
+    from fedkeel.world import record
 
 LINES = 10
 """How many lines a run prints where no terminal shows a bar."""
@@ -38,7 +38,7 @@ def figure(row: Mapping[str, Any]) -> str:
     return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
 
 
-def describe(progress: api.Progress) -> str:
+def describe(progress: record.Progress) -> str:
     """One run's standing: its newest figures, and who was refused in the last round."""
     parts = []
     for name in ("accuracy", "loss"):
@@ -49,16 +49,16 @@ def describe(progress: api.Progress) -> str:
         parts.append(f"skipped: {progress.skipped}" if progress.skipped else f"{progress.used} used")
         if progress.refused:
             parts.append(f"{progress.refused} refused")
-    return ", ".join(parts)
+    return ", ".join(parts) or "nothing is known yet"
 
 
 @contextmanager
-def watching(console: Console, rounds: int, label: str) -> Iterator[Callable[[api.Progress], None]]:
+def watching(console: Console, rounds: int, label: str) -> Iterator[Callable[[record.Progress], None]]:
     """A bar for one run; plain lines where the output is no terminal."""
     if not console.is_terminal:
         every = max(1, rounds // LINES)
 
-        def line(progress: api.Progress) -> None:
+        def line(progress: record.Progress) -> None:
             if progress.round % every == 0 or progress.round == rounds:
                 console.print(f"{escape(label)}: round {progress.round}/{rounds}, {escape(describe(progress))}")
 
@@ -68,21 +68,21 @@ def watching(console: Console, rounds: int, label: str) -> Iterator[Callable[[ap
     with Progress(*columns, TextColumn("{task.fields[standing]}"), console=console) as bar:
         task = bar.add_task(escape(label), total=rounds, standing="preparing")
 
-        def step(progress: api.Progress) -> None:
+        def step(progress: record.Progress) -> None:
             bar.update(task, completed=progress.round, standing=escape(describe(progress)))
 
         yield step
 
 
 @contextmanager
-def comparing(console: Console, rounds: int) -> Iterator[Callable[[str, int, api.Progress], None]]:
+def comparing(console: Console, rounds: int) -> Iterator[Callable[[str, int, record.Progress], None]]:
     """A bar, or a line, for every run of a comparison."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     shown = console.is_terminal
     with Progress(*columns, TextColumn("{task.fields[standing]}"), console=console, disable=not shown) as bar:
         tasks: dict[tuple[str, int], Any] = {}
 
-        def step(label: str, seed: int, progress: api.Progress) -> None:
+        def step(label: str, seed: int, progress: record.Progress) -> None:
             name = f"{label}, seed {seed}"
             if shown:
                 if (label, seed) not in tasks:

@@ -97,7 +97,7 @@ def compare(shown: str, printed: str, where: str) -> None:
 def check_job(text: str, where: str) -> None:
     """A job whose rules exist; those of plugins are met when the job is run."""
     from fedkeel import Job
-    from fedkeel.sim.federation import build_plan, build_work
+    from fedkeel.world.federation import build_plan, build_work
 
     job = Job(**tomllib.loads(text))
     if not job.plugins:

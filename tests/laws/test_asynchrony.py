@@ -21,9 +21,9 @@ from fedkeel import testing
 from fedkeel.core.errors import InputError
 from fedkeel.core.registry import build, rule
 from fedkeel.core.types import ClientMemory, RoundReport, ServerState, View
-from fedkeel.sim.federation import Federation
-from fedkeel.sim.pool import Pool
 from fedkeel.sim.simulator import Simulator
+from fedkeel.world.federation import Federation
+from fedkeel.world.pool import Pool
 
 CLIENTS, P, LR, STEPS = 6, 3, 0.05, 4
 COUNTS = (6, 9, 12, 15, 18, 21)

@@ -20,9 +20,9 @@ from fedkeel.core.errors import InputError
 from fedkeel.core.registry import build, parse, rule
 from fedkeel.core.types import ClientMemory, Closed, ServerState
 from fedkeel.round import plan as plan_module
-from fedkeel.sim.federation import Federation
-from fedkeel.sim.pool import Pool
 from fedkeel.sim.simulator import Simulator
+from fedkeel.world.federation import Federation
+from fedkeel.world.pool import Pool
 
 CLIENTS, P, LR = 5, 3, 0.05
 COUNTS = (6, 9, 12, 15, 18)

@@ -22,13 +22,13 @@ from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build, parse, rule
 from fedkeel.core.types import ClientMemory, Local, ServerState
-from fedkeel.sim.federation import Federation
-from fedkeel.sim.pool import Pool
 from fedkeel.sim.simulator import Simulator
 from fedkeel.testing import check
 from fedkeel.train import ClientData, LocalWork, Task, make_trainer
 from fedkeel.train.backends import fits
 from fedkeel.train.objective import parted, personal, try_objective
+from fedkeel.world.federation import Federation
+from fedkeel.world.pool import Pool
 
 CLIENTS, P, LR, ALPHA, LAM = 6, 3, 0.02, 0.05, 0.7
 Matrix = NDArray[np.float64]

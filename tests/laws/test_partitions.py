@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import Rule, build, definition, names
-from fedkeel.sim.pool import Pool, Split, clients, label_histogram
+from fedkeel.world.pool import Pool, Split, clients, label_histogram
 
 PARTITIONS = names("partition")
 EXAMPLES = {"alpha": 1.0, "classes_per_client": 2}  # for parameters without a default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zstandard
 from torch import nn
 
 import fedkeel
@@ -15,7 +16,7 @@ from fedkeel.core.registry import parse
 from fedkeel.core.types import Claims, ClientMemory
 from fedkeel.round import device, wire
 from fedkeel.round.downlink import Downlink
-from fedkeel.sim.federation import Federation, build_plan
+from fedkeel.world.federation import Federation, build_plan
 
 LAYOUT = Layout.of(nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 3)))
 
@@ -169,3 +170,47 @@ def test_a_federation_of_few_bytes_resumes_bit_for_bit(tmp_path, schedule):
     assert torch.equal(resumed.state.theta, whole.state.theta)
     assert torch.equal(resumed.state.downlink["theta"], whole.state.downlink["theta"])
     assert resumed.updates == whole.updates
+
+
+@pytest.mark.parametrize("rule", ["int8", "top_k(share=0.01)", "sign"])
+@pytest.mark.parametrize("zstd", [0, 3])
+def test_the_steps_down_lead_from_any_version_to_the_newest_bit_for_bit(rule: str, zstd: int) -> None:
+    layout = Layout.of(torch.nn.Linear(99, 10))
+    theta = torch.randn(layout.columns, generator=Key.root(1).torch())
+    way = Downlink(fedkeel.parse("codec", rule), zstd, layout, theta, {})
+    codec = wire.built(fedkeel.parse("codec", rule), layout)[1]
+    known = [way.theta(theta)]
+    for version in range(1, 9):
+        theta = theta + torch.randn(layout.columns, generator=Key.root(version).torch())
+        way.publish(theta, Key.root(version))
+        known.append(way.theta(theta))
+    sent = 0
+    for have in range(-1, 9):
+        steps = way.steps(have, 8)
+        size = way.bytes(have, 8)
+        assert (steps is None) == (size == 4 * layout.columns)
+        if steps is not None:
+            sent += 1
+            assert sum(map(len, steps)) == size
+            found = known[have].clone()
+            for packed in steps:
+                step = torch.empty_like(found)
+                codec.decode(wire.unpacked(packed, bool(zstd), codec.max_bytes(layout.columns)), step)
+                found = found + step
+            assert torch.equal(found, known[8])
+    assert sent >= 3
+    fresh = Downlink(fedkeel.parse("codec", rule), zstd, layout, theta, way.state())
+    assert fresh.steps(7, 8) is None  # what was sent before a restart is gone
+
+
+def test_a_step_that_is_a_bomb_is_refused_before_it_is_unpacked() -> None:
+    bomb = wire.packed(bytes(10_000_000), 3)
+    with pytest.raises(fedkeel.DecodeError, match="10000000"):
+        wire.unpacked(bomb, True, 1000)
+    with pytest.raises(fedkeel.DecodeError, match="limit is 10"):
+        wire.unpacked(bytes(1000), False, 10)
+    with pytest.raises(fedkeel.DecodeError, match="zstd"):
+        wire.unpacked(b"nothing of the kind", True, 1000)
+    endless = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(10_000_000))
+    with pytest.raises(fedkeel.DecodeError, match="limit"):
+        wire.unpacked(endless, True, 1000)

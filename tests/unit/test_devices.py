@@ -14,7 +14,7 @@ from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import build, names, parse
 from fedkeel.core.roster import Register
-from fedkeel.sim.devices import Devices
+from fedkeel.world.devices import Devices
 
 NAMES = [f"client-{i:03d}" for i in range(120)]
 

@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import build, definition, names
-from fedkeel.sim.models import build_model
-from fedkeel.sim.pool import Pool
 from fedkeel.train.contract import Tokens
+from fedkeel.world.models import build_model
+from fedkeel.world.pool import Pool
 
 # name, parameters, inputs, classes, published number of parameters
 SIZES = [

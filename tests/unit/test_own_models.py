@@ -18,10 +18,10 @@ from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
 from fedkeel.core.types import ClientMemory
 from fedkeel.ship import checkpoint
-from fedkeel.sim.evaluation import mean_interval, measure
-from fedkeel.sim.federation import POOLED, Federation
-from fedkeel.sim.pool import set_apart
 from fedkeel.train import Task
+from fedkeel.world.evaluation import mean_interval, measure
+from fedkeel.world.federation import POOLED, Federation
+from fedkeel.world.pool import set_apart
 
 JOB: dict[str, dict[str, Any]] = {
     "data": {"clients": 10, "partition": "shards(classes_per_client=2)", "holdout": 0.25},

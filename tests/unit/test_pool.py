@@ -11,8 +11,8 @@ from torch.utils.data import TensorDataset
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
-from fedkeel.sim.pool import Pool, Split, clients, label_histogram
 from fedkeel.train.contract import Scale, Tokens
+from fedkeel.world.pool import Pool, Split, clients, label_histogram
 
 KEY = Key.root(0)
 

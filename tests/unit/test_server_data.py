@@ -11,10 +11,10 @@ from fedkeel import Job, build
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.types import ClientMemory
-from fedkeel.sim.composition import choose, heterogeneity, hostile_in_cohort
-from fedkeel.sim.federation import Federation
-from fedkeel.sim.pool import keep_back
 from fedkeel.train import ServerExamples, evaluate
+from fedkeel.world.composition import choose, heterogeneity, hostile_in_cohort
+from fedkeel.world.federation import Federation
+from fedkeel.world.pool import keep_back
 
 SMALL = {
     "rounds": 8,

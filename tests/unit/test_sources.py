@@ -15,8 +15,8 @@ import torch
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
-from fedkeel.sim.pool import Pool
-from fedkeel.sim.sources import FASHION_FOLDER
+from fedkeel.world.pool import Pool
+from fedkeel.world.sources import FASHION_FOLDER
 
 KEY = Key.root(0)
 

@@ -41,10 +41,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "server_optimiser": ("(theta, d, s, share) -> (theta, s)", "fedkeel.rules.server_opt"),
     "attack": ("(U, bad, keys) -> rows (f, P), with trait rows; or on claims, data", "fedkeel.rules.attack"),
     "scheduler": ("(view) -> decision", "fedkeel.rules.schedule"),
-    "availability": ("(names, key) -> Availability", "fedkeel.sim.availability"),
-    "source": ("(key) -> Pool", "fedkeel.sim.sources"),
-    "partition": ("(pool, clients, key) -> Split", "fedkeel.sim.partitions"),
-    "model": ("(inputs, classes) -> nn.Module", "fedkeel.sim.models"),
+    "availability": ("(names, key) -> Availability", "fedkeel.world.availability"),
+    "source": ("(key) -> Pool", "fedkeel.world.sources"),
+    "partition": ("(pool, clients, key) -> Split", "fedkeel.world.partitions"),
+    "model": ("(inputs, classes) -> nn.Module", "fedkeel.world.models"),
     "loss": ("(output, target) -> (B,)", "fedkeel.train.losses"),
 }
 

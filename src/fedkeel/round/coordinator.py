@@ -14,7 +14,7 @@ from fedkeel.core.errors import RunError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import Rule
 from fedkeel.core.roster import Candidates, Register, Roster
-from fedkeel.core.types import InFlight, Refusal, RoundReport, ServerState, View
+from fedkeel.core.types import InFlight, Refusal, RoundReport, ServerState, Stage, View
 from fedkeel.round.plan import Plan
 from fedkeel.round.server import Server
 
@@ -25,7 +25,7 @@ class Train:
 
     Rounds count from 1. `settled` is the latest of its tasks whose update was used: what its corrections made of that
     one is what they keep (`device.recall`). `factor` scales its steps, where the stopping rule goes by the device's
-    speed.
+    speed. `have` is the version of the model that it was given last, -1 for none: it is sent steps from there.
     """
 
     client: str
@@ -35,6 +35,7 @@ class Train:
     deadline: float | None
     settled: int | None = None
     factor: float = 1.0
+    have: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +165,14 @@ class Coordinator:
         return self._advance(now, more)
 
     def on_failure(
-        self, client: str, task: int, why: str, now: float, *, stage: str = "transport", more: bool = False
+        self, client: str, task: int, why: str, now: float, *, stage: Stage = "transport", more: bool = False
     ) -> list[Command]:
-        """The client's work will have no answer: lost on the way (`transport`), or failed in its training (`train`)."""
+        """The client's work will have no answer: lost on the way (`transport`), failed in its training (`train`), or
+        what came was no message (`decode`).
+        """
         if self._over or client not in self._in_flight or self._in_flight[client].task != task:
             return []
-        self._abandon(client, Refusal("train" if stage == "train" else "transport", "failure", why), now)
+        self._abandon(client, Refusal(stage, "failure", why), now)
         return self._advance(now, more)
 
     def on_tick(self, now: float) -> list[Command]:
@@ -189,6 +192,7 @@ class Coordinator:
     def _abandon(self, client: str, refusal: Refusal, now: float) -> None:
         self._ended(client)
         self._lost += 1
+        self.roster.version[self.roster.index[client]] = -1  # nobody knows whether the model reached it
         self.server.give_up(client, refusal, now)
 
     def _advance(self, now: float, more: bool = False) -> list[Command]:
@@ -254,11 +258,12 @@ class Coordinator:
         commands: list[Command] = []
         for place in self._chosen(free, min(count, len(free)), number):
             client = self.roster.names[place]
-            task = self.server.give(client, now, int(self.roster.version[place]))
+            have = int(self.roster.version[place])
+            task = self.server.give(client, now, have)
             self._in_flight[client] = self.server.given(client)
             self.roster.select(place, number, state.version)
             settled, factor = self.server.settled(client), float(self.roster.factor[place])
-            commands.append(Train(client, task, number, state.version, deadline, settled, factor))
+            commands.append(Train(client, task, number, state.version, deadline, settled, factor, have))
         self._began = now if self._started == 0 else self._began
         self._started += len(commands)
         return commands

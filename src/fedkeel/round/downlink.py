@@ -30,6 +30,7 @@ class Downlink:
         self._coded = kept.get("theta", theta) if self._codec else None
         # Of the steps to the versions from 1 on.
         self._sizes: list[int] = kept["sizes"].tolist() if "sizes" in kept else []
+        self._steps: dict[int, bytes] = {}
 
     def theta(self, state: Tensor) -> Tensor:
         """The model (P,) that clients are given while the server's is `state`."""
@@ -41,9 +42,29 @@ class Downlink:
             return
         step = theta - self._coded
         (payload,) = self._codec.encode(step[None], [key])
-        self._sizes.append(wire.packed_size(payload, self._zstd))
+        packed = wire.packed(payload, self._zstd)
+        self._sizes.append(len(packed))
+        self._keep(packed)
         self._codec.decode(memoryview(payload), step)
         self._coded = self._coded + step
+
+    def _keep(self, packed: bytes) -> None:
+        """The steps that somebody may still be sent: as many as are less than the whole model."""
+        version = len(self._sizes)
+        self._steps[version] = packed
+        first = min(self._steps)
+        while sum(self._sizes[first - 1 :]) >= self._full and first <= version:
+            del self._steps[first]
+            first += 1
+
+    def steps(self, have: int, version: int) -> list[bytes] | None:
+        """The coded steps from one version to another, in order; None: send the whole model."""
+        wanted = range(have + 1, version + 1)
+        if self._codec is None or have < 0 or self.bytes(have, version) >= self._full:
+            return None
+        if not all(number in self._steps for number in wanted):
+            return None
+        return [self._steps[number] for number in wanted]
 
     def bytes(self, have: int, version: int) -> int:
         """What a client is sent that has a version (-1: none), to have this one."""

@@ -110,6 +110,10 @@ class Server:
         """The model (P,) that clients are given."""
         return self._downlink.theta(self.state.theta)
 
+    def way_down(self, have: int) -> list[bytes] | None:
+        """The coded steps to the model from a version that a client has; None: it is sent in full."""
+        return self._downlink.steps(have, self.state.version)
+
     def settled(self, client: str) -> int | None:
         """The latest of the client's tasks whose update was used, as far as corrections need to know."""
         found: int | None = self.state.trust.get("used", {}).get(client)
@@ -153,6 +157,12 @@ class Server:
         if (order := self._take(client)) is not None:
             self._minutes.given_up(order, refusal, now)
             self._fold()
+
+    def turn_away(self, client: str, task: int | None, refusal: Refusal, now: float, size: int = 0) -> None:
+        """Refuse an answer of which there is no envelope; it ends the client's task if it is one to that."""
+        ended = self._take(client) if task is not None and task == self._outstanding.get(client) else None
+        self._fold()
+        self._minutes.refused(client, size, None, refusal, ended, now, self.awaits(client))
 
     def awaits(self, client: str) -> bool:
         """Whether the client has a task that may still be answered."""

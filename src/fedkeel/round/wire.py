@@ -81,9 +81,20 @@ def seal(claims: Claims, codec: str, payload: bytes | memoryview, zstd: int = 0)
     return b"".join((PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()), header, body))
 
 
-def packed_size(payload: bytes | memoryview, zstd: int) -> int:
-    """Bytes of a payload after zstd, at a level, 0 for none."""
-    return len(zstandard.ZstdCompressor(level=zstd).compress(payload)) if zstd else len(payload)
+def packed(payload: bytes | memoryview, zstd: int) -> bytes:
+    """A payload after zstd, at a level, 0 for none."""
+    return zstandard.ZstdCompressor(level=zstd).compress(payload) if zstd else bytes(payload)
+
+
+def unpacked(data: bytes, zstd: bool, limit: int) -> memoryview:
+    """What `packed` was given, of `limit` bytes at most. Raises `DecodeError`."""
+    if not zstd:
+        raw = len(data)
+    elif not 0 <= (raw := _declared(memoryview(data))) <= limit:  # -1: it does not say
+        raise DecodeError(f"it declares {raw} bytes, the limit is {limit}")
+    if raw > limit or len(data) > zstd_bound(limit):
+        raise DecodeError(f"it has {len(data)} bytes, the limit is {limit}")
+    return _decompressed(memoryview(data)) if zstd else memoryview(data)
 
 
 def read(data: bytes | memoryview) -> Sealed:
@@ -158,11 +169,22 @@ def zstd_bound(raw: int) -> int:
 
 
 def _decompress(sealed: Sealed) -> memoryview:
+    # The frame's own size is what the library allocates: it must be the one that was checked.
+    if _declared(sealed.payload) != sealed.raw_bytes:
+        raise DecodeError("the zstd frame declares another size than the header")
+    return _decompressed(sealed.payload)
+
+
+def _declared(frame: memoryview) -> int:
     try:
-        # The frame's own size is what the library allocates: it must be the one that was checked.
-        if zstandard.frame_content_size(bytes(sealed.payload[:18])) != sealed.raw_bytes:
-            raise DecodeError("the zstd frame declares another size than the header")
-        return memoryview(zstandard.ZstdDecompressor().decompress(sealed.payload, allow_extra_data=False))
+        return int(zstandard.frame_content_size(bytes(frame[:18])))
+    except zstandard.ZstdError as error:
+        raise DecodeError(f"the payload is no zstd frame ({error})") from None
+
+
+def _decompressed(frame: memoryview) -> memoryview:
+    try:
+        return memoryview(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False))
     except zstandard.ZstdError as error:
         raise DecodeError(f"the payload is no zstd frame ({error})") from None
 

@@ -6,7 +6,7 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,9 +138,14 @@ class Ledger:
         skipped, seconds = _text(report.skipped), _json(dict(report.seconds))
         head = (report.round, report.version, report.time, skipped, report.update_norm, report.bytes_up)
         line = (*head, report.bytes_down, report.epsilon, seconds, time.time())
-        rows = [_update(report.round, client, hostile) for client in report.clients]
         with self.transaction():
             self._db.execute("INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", line)
+            self.write_updates(report.round, report.clients, hostile)
+
+    def write_updates(self, round: int, clients: Sequence[ClientRow], hostile: set[str] | None = None) -> None:
+        """Write lines of a round: with it, or after it, of what came when it was closed."""
+        rows = [_update(round, client, hostile) for client in clients]
+        with self.transaction():
             self._db.executemany("INSERT INTO updates VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
 
     def write_metrics(
@@ -204,6 +209,25 @@ class Ledger:
             return [dict(zip(columns, row, strict=True)) for row in cursor]
         except sqlite3.DatabaseError as error:
             raise InputError(f"ledger {self.path} cannot be read ({error}): restore it from a copy") from None
+
+    def scan(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """The rows of any SELECT one by one, as plain tuples, for readers of many. Raises as `query` does."""
+        try:
+            # `yield from` would close the cursor of who stops early, perhaps after the ledger itself was closed.
+            for row in self._db.execute(sql, values):  # noqa: UP028
+                yield row
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"ledger {self.path} cannot be read ({error}): restore it from a copy") from None
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All that is read inside is of one moment, whatever a writer does meanwhile."""
+        try:
+            self._db.execute("BEGIN")
+            yield
+        finally:
+            if self._db.in_transaction:
+                self._db.rollback()
 
 
 def _connect(uri: str) -> sqlite3.Connection:

@@ -1,1 +1,1 @@
-"""The simulation: sources, partitions, models, hostile clients, and the simulator that drives the coordinator."""
+"""The simulation: a virtual clock, work in flight, and the simulator that drives the coordinator."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +11,7 @@ from torch import Tensor
 
 from fedkeel.round.coordinator import Train
 from fedkeel.sim.clock import Clock, Outcome
-
-
-class Base(NamedTuple):
-    """What clients begin with: the model (P,) and what corrections take from the server."""
-
-    theta: Tensor
-    control: Mapping[str, Tensor]
-
+from fedkeel.world.clients import Base
 
 Start = tuple[int, int]
 """(version, round): those who start alike train together."""

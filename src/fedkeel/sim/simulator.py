@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from fedkeel.core.errors import RunError
-from fedkeel.core.keys import Key
-from fedkeel.core.types import Claims, ClientMemory, RoundReport, ServerState
+from fedkeel.core.types import ClientMemory, RoundReport, ServerState
 from fedkeel.round import coordinator as orders
 from fedkeel.round import device
 from fedkeel.round.coordinator import Command, Coordinator
 from fedkeel.round.server import Server
 from fedkeel.sim.clock import Outcome
-from fedkeel.sim.evaluation import Figures, measure
-from fedkeel.sim.federation import Federation
-from fedkeel.sim.flight import Base, Flight
-from fedkeel.train import Task, Trained, Trainer
+from fedkeel.sim.flight import Flight
+from fedkeel.train import Trainer
 from fedkeel.train.pool import RAISED
+from fedkeel.world.clients import Base, Clients, Made
+from fedkeel.world.evaluation import Figures, measure
+from fedkeel.world.federation import Federation
 
 
 class Recorder(Protocol):
@@ -33,7 +33,9 @@ class Recorder(Protocol):
 
     def metrics(self, round: int, version: int, figures: Sequence[Figures]) -> None: ...
 
-    def checkpoint(self, state: ServerState, memory: ClientMemory, now: float, flight: Flight) -> None: ...
+    def checkpoint(
+        self, state: ServerState, memory: ClientMemory, extra: Mapping[str, Any], attached: Mapping[str, Tensor]
+    ) -> None: ...
 
 
 class Simulator:
@@ -50,7 +52,6 @@ class Simulator:
         flight: Flight | None = None,
     ) -> None:
         self.federation = federation
-        self.trainer = trainer
         self.memory = memory
         self.recorder = recorder
         job, devices = federation.job, federation.devices
@@ -67,14 +68,8 @@ class Simulator:
             presence=devices,
             now=now,
         )
-        self._given = trainer
-        known = devices.register
-        same = federation.names == known.names
-        self._index = known.index if same else {name: i for i, name in enumerate(federation.names)}
-        self._private = federation.private()
+        self._clients = Clients(federation, trainer, memory)
         self._tuner = federation.tuner()
-        self._lr = federation.work.at(1).lr
-        self._labels = federation.label_shares(memory)
         self._now = now
         self._flight = flight or Flight()
         self._begun = False
@@ -87,13 +82,8 @@ class Simulator:
             while not self.step():
                 pass
         finally:
-            self.close()
+            self._clients.close()
         return self.coordinator.snapshot()
-
-    def close(self) -> None:
-        """Let go of a trainer that was made on the way; the one that was given is the caller's to close."""
-        if self.trainer is not self._given:
-            self.trainer.close()
 
     def step(self) -> bool:
         """All that happens at the next moment; True when the federation is over."""
@@ -131,7 +121,9 @@ class Simulator:
                     self.recorder.metrics(round, version, figures)
                     self._spent("evaluate", started)
                 case orders.Checkpoint(_, state):
-                    self.recorder.checkpoint(state, self.memory, self._now, self._flight)
+                    under_way, attached = self._flight.state()
+                    extra = {"time": self._now, "flight": under_way}
+                    self.recorder.checkpoint(state, self.memory, extra, attached)
                     self._spent("record", started)
                 case orders.Wait(until):
                     self._flight.clock.wake(until)
@@ -208,38 +200,25 @@ class Simulator:
     def _train(self, starting: Sequence[orders.Train], base: Base) -> Iterator[tuple[Outcome, int]]:
         """Train all who start from the same version, and seal what each one sends; with the steps that it took."""
         federation, adversary = self.federation, self.federation.adversary
-        by_index = {self._index[o.client]: o for o in starting}
-        keys = {o.client: federation.key.fold("client", o.round, o.client) for o in starting}
-        seen: list[Claims | None] = [None] * len(starting)
+        seen: list[Made | None] = [None] * len(starting)
         rows = torch.empty(len(starting) if adversary.crafts_rows else 0, federation.layout.columns)
         slots = {o.client: i for i, o in enumerate(starting)}
-        for order in starting:
-            device.recall(order.client, order.settled, self.memory)
-        tasks = [self._task(o, keys[o.client]) for o in starting]
-        round, control = starting[0].round, base.control
-        self._tune(round)
-        for done in self.trainer.train(base.theta, tasks, control):
-            order = by_index[done.client]
-            if done.failure is not None:
-                self._count_failure(done.failure)
-                yield Outcome(order.client, order.task, None, done.failure), 0
+        for made in self._clients.train(starting, base):
+            client, task = made.order.client, made.order.task
+            if made.claims is None or made.delta is None:
+                self._count_failure(made.failure)
+                yield Outcome(client, task, None, made.failure), 0
                 continue
             self._raised = 0
-            if done.private is not None:
-                self.memory.keep(order.client, {"private": done.private})
-            claims = adversary.claim(self._claims(order, done))
+            claims = adversary.claim(made.claims)
             if adversary.crafts_rows:
-                slot = slots[order.client]
-                rows[slot], seen[slot] = done.delta, claims
+                rows[slots[client]], seen[slots[client]] = made.delta, made._replace(claims=claims, delta=None)
             else:
-                row, key = done.delta[None], keys[order.client]
-                plan, layout = federation.plan, federation.layout
-                sealed = device.prepare(row, [key], [claims], self.memory, plan, layout, control, round)
-                yield Outcome(order.client, order.task, sealed[0]), done.steps
+                yield Outcome(client, task, self._clients.seal(made, claims, base)), claims.steps
         if adversary.crafts_rows:
-            kept = [slot for slot, claims in enumerate(seen) if claims is not None]
+            kept = [slot for slot, made in enumerate(seen) if made is not None]
             rows = rows if len(kept) == len(rows) else rows[kept]
-            yield from self._crafted(rows, [c for c in seen if c is not None], keys, round, control)
+            yield from self._crafted(rows, [made for made in seen if made is not None], base)
 
     def _count_failure(self, why: str) -> None:
         """End the run when as many as a cohort have raised, one after another, and nobody got through."""
@@ -247,50 +226,19 @@ class Simulator:
         if self._raised >= self.federation.plan.cohort:
             raise RunError(f"the last {self._raised} clients failed, one after another: {why}")
 
-    def _tune(self, round: int) -> None:
-        """Train at the round's learning rate: a step is recorded with its rate in it, so it is recorded anew."""
-        work = self.federation.work.at(round)
-        if work.lr != self._lr:
-            self.trainer.close()
-            self.trainer, self._lr = self.federation.trainer(self.trainer.name, round), work.lr
-            if self.federation.referee is not None:
-                self.federation.referee.follow(work)
-
-    def _crafted(
-        self,
-        rows: Tensor,
-        claims: list[Claims],
-        keys: dict[str, Key],
-        round: int,
-        control: Mapping[str, Tensor],
-    ) -> Iterator[tuple[Outcome, int]]:
+    def _crafted(self, rows: Tensor, seen: Sequence[Made], base: Base) -> Iterator[tuple[Outcome, int]]:
         """An attacker that sees everyone's rows (n, P): transform them all, replace the hostile ones, and seal."""
         federation = self.federation
-        clients = [c.client for c in claims]
-        row_keys = [keys[c] for c in clients]
-        rows = device.transform(rows, row_keys, clients, self.memory, federation.plan, federation.layout)
+        plan, layout = federation.plan, federation.layout
+        claims = [made.claims for made in seen if made.claims is not None]
+        clients, keys = [c.client for c in claims], [made.key for made in seen]
+        round = seen[0].order.round if seen else 0
+        rows = device.transform(rows, keys, clients, self.memory, plan, layout)
         rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
-            plan, layout = federation.plan, federation.layout
-            row, key = rows[i : i + 1], row_keys[i]
-            sealed = device.send(row, [key], [claim], self.memory, plan, layout, control, round)
+            row, key = rows[i : i + 1], keys[i]
+            sealed = device.send(row, [key], [claim], self.memory, plan, layout, base.control, round)
             yield Outcome(claim.client, claim.task, sealed[0]), claim.steps
-
-    def _task(self, order: orders.Train, key: Key) -> Task:
-        client = order.client
-        memory = self.memory.of(client)
-        kept = {r.name: memory.get(device.CORRECTION + r.name) for r in self.federation.work.corrections}
-        known = {name: vector for name, vector in kept.items() if vector is not None}
-        own = memory.get("private", self._private)
-        speed = order.factor * self.federation.devices.speed(client)
-        return Task(self._index[client], key, own, known, speed)
-
-    def _claims(self, order: orders.Train, done: Trained) -> Claims:
-        digest = self.federation.layout.digest
-        losses = {"loss": done.loss, "global_loss": done.first_loss, "local_loss": done.last_loss}
-        metrics = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-        labels = self._labels.get(order.client, ())
-        return Claims(order.client, order.task, order.version, digest, done.num_examples, done.steps, metrics, labels)
 
     def _spent(self, part: str, started: float) -> None:
         self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started

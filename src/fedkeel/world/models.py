@@ -17,7 +17,7 @@ from torch.nn import functional
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import Rule, rule
-from fedkeel.sim.pool import Pool
+from fedkeel.world.pool import Pool
 
 Size = Annotated[int, Field(ge=1)]
 

@@ -17,7 +17,7 @@ from fedkeel.core.errors import InputError, nearest
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import parse
 from fedkeel.core.roster import Register
-from fedkeel.sim.availability import Availability, Mask, Moments
+from fedkeel.world.availability import Availability, Mask, Moments
 
 REFERENCE = {"A": 1.0, "B": 2.3, "C": 5.7}
 """The built-in classes: the relative time that a round's local work takes."""

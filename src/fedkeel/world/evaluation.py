@@ -16,7 +16,7 @@ from fedkeel.train import Task, Trainer
 from fedkeel.train.contract import Prepare
 
 if TYPE_CHECKING:
-    from fedkeel.sim.federation import Federation
+    from fedkeel.world.federation import Federation
 
 Z95 = 1.959963984540054
 Value = float | tuple[float, float, float]
@@ -46,13 +46,42 @@ def measure(federation: Federation, theta: Tensor, memory: ClientMemory, tuner: 
     client's model some steps on its own data first. Clients that train alone and hold nothing back are tested on the
     test set.
     """
-    own = federation.holdout is not None or federation.alone
-    found = _Clients(federation, theta, memory, tuner).figures() if own else []
-    if federation.job.model.private:
-        mean = found[0]
-        plain = {name: value for name, value in mean.values.items() if name in ("loss", "accuracy")}
-        return [Figures(GLOBAL, plain, mean.examples), *found]
-    return [_shared(federation, theta), *found]
+    apart = federation.holdout is not None or federation.alone
+    found = over_clients(federation, own(federation, theta, memory, tuner)) if apart else []
+    return [*of_shared(federation, theta, found), *found]
+
+
+Measured = dict[str, tuple[dict[str, float], int]]
+"""Client -> figures of its own model, and on how many examples."""
+
+
+def of_shared(federation: Federation, theta: Tensor, clients: Sequence[Figures]) -> list[Figures]:
+    """The figures of the shared model; where layers are private, of the mean over clients, if they were measured."""
+    if not federation.job.model.private:
+        return [_shared(federation, theta)]
+    if not clients:
+        return []
+    plain = {name: value for name, value in clients[0].values.items() if name in ("loss", "accuracy")}
+    return [Figures(GLOBAL, plain, clients[0].examples)]
+
+
+def own(federation: Federation, theta: Tensor, memory: ClientMemory, tuner: Trainer | None) -> Measured:
+    """Every client's own model, of those whose examples the federation holds."""
+    return _Clients(federation, theta, memory, tuner).measured()
+
+
+def asked_of_clients(federation: Federation) -> bool:
+    """Whether clients have figures of their own."""
+    return federation.job.data.holdout > 0 or federation.alone
+
+
+def figure_names(federation: Federation) -> frozenset[str]:
+    """What is measured of a client's own model."""
+    plain = {"loss", "accuracy"} if federation.pool.classes else {"loss"}
+    differs = federation.job.record.fine_tune is not None or federation.personal
+    if not differs or federation.job.model.private:
+        return frozenset(plain)
+    return frozenset(plain | {f"shared_{name}" for name in plain})
 
 
 def _shared(federation: Federation, theta: Tensor) -> Figures:
@@ -69,6 +98,39 @@ def _shared(federation: Federation, theta: Tensor) -> Figures:
     return Figures(GLOBAL, values, examples)
 
 
+def over_clients(federation: Federation, measured: Measured) -> list[Figures]:
+    """All clients together, then the groups, then one by one."""
+    names = list(measured)
+    sizes = [size for _, size in measured.values()]
+    metrics = list(measured[names[0]][0])
+    # What a hostile client's own model is worth to it is nobody's concern.
+    hostile = set(federation.adversary.clients)
+    counted = [i for i, name in enumerate(names) if name not in hostile] or list(range(len(names)))
+    figures = [values for values, _ in measured.values()]
+    held = {metric: [figures[i][metric] for i in counted] for metric in metrics}
+    overall: dict[str, Value] = {metric: mean_interval(metric, values) for metric, values in held.items()}
+    main, best_first = ("accuracy", True) if "accuracy" in held else ("loss", False)
+    worst = sorted(held[main], reverse=not best_first)[: max(1, len(held[main]) // 10)]
+    overall["worst_decile"] = sum(worst) / len(worst)
+    overall["spread"] = float(torch.tensor(held[main], dtype=torch.float64).std(correction=0))
+    found = [Figures(CLIENTS, overall, sum(sizes[i] for i in counted))]
+    for scope, mine in _parts(federation, names).items():
+        members = [i for i in counted if names[i] in mine]
+        if members:
+            theirs = {metric: mean_interval(metric, [figures[i][metric] for i in members]) for metric in metrics}
+            found.append(Figures(scope, dict(theirs), sum(sizes[i] for i in members)))
+    return found + [Figures(CLIENT + name, dict(values), size) for name, (values, size) in measured.items()]
+
+
+def _parts(federation: Federation, names: Sequence[str]) -> dict[str, set[str]]:
+    """Scope -> clients of the groups that the job names, and of the classes of devices."""
+    groups = federation.job.record.groups.items()
+    found = {GROUP + group: set(fnmatch.filter(names, pattern)) for group, pattern in groups}
+    for name, kind in federation.devices.of.items():
+        found.setdefault(CLASS + kind, set()).add(name)
+    return found
+
+
 class _Clients:
     """Every client's own model on its own holdout."""
 
@@ -76,39 +138,7 @@ class _Clients:
         self.federation, self.theta, self.memory, self.tuner = federation, theta, memory, tuner
         self.first = federation.private()
 
-    def figures(self) -> list[Figures]:
-        """All clients together, then the groups, then one by one."""
-        measured = self._measured()
-        names = list(measured)
-        sizes = [size for _, size in measured.values()]
-        metrics = list(measured[names[0]][0])
-        # What a hostile client's own model is worth to it is nobody's concern.
-        hostile = set(self.federation.adversary.clients)
-        counted = [i for i, name in enumerate(names) if name not in hostile] or list(range(len(names)))
-        figures = [values for values, _ in measured.values()]
-        held = {metric: [figures[i][metric] for i in counted] for metric in metrics}
-        overall: dict[str, Value] = {metric: mean_interval(metric, values) for metric, values in held.items()}
-        main, best_first = ("accuracy", True) if "accuracy" in held else ("loss", False)
-        worst = sorted(held[main], reverse=not best_first)[: max(1, len(held[main]) // 10)]
-        overall["worst_decile"] = sum(worst) / len(worst)
-        overall["spread"] = float(torch.tensor(held[main], dtype=torch.float64).std(correction=0))
-        found = [Figures(CLIENTS, overall, sum(sizes[i] for i in counted))]
-        for scope, mine in self._parts(names).items():
-            members = [i for i in counted if names[i] in mine]
-            if members:
-                theirs = {metric: mean_interval(metric, [figures[i][metric] for i in members]) for metric in metrics}
-                found.append(Figures(scope, dict(theirs), sum(sizes[i] for i in members)))
-        return found + [Figures(CLIENT + name, dict(values), size) for name, (values, size) in measured.items()]
-
-    def _parts(self, names: Sequence[str]) -> dict[str, set[str]]:
-        """Scope -> clients of the groups that the job names, and of the classes of devices."""
-        groups = self.federation.job.record.groups.items()
-        found = {GROUP + group: set(fnmatch.filter(names, pattern)) for group, pattern in groups}
-        for name, kind in self.federation.devices.of.items():
-            found.setdefault(CLASS + kind, set()).add(name)
-        return found
-
-    def _measured(self) -> dict[str, tuple[dict[str, float], int]]:
+    def measured(self) -> Measured:
         """Client -> figures of its model, and on how many examples."""
         federation = self.federation
         differs = (self.tuner is not None or federation.personal) and not federation.job.model.private

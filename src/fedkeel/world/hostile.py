@@ -13,8 +13,8 @@ from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build
 from fedkeel.core.types import Claims
-from fedkeel.sim.pool import Pool
 from fedkeel.train.contract import ClientData
+from fedkeel.world.pool import Pool
 
 Aggregate = Callable[[Tensor], Tensor]
 

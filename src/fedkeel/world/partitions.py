@@ -17,7 +17,7 @@ from pydantic import Field
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import rule
-from fedkeel.sim.pool import Pool, Split
+from fedkeel.world.pool import Pool, Split
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]

@@ -22,8 +22,8 @@ from torch import Tensor
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.registry import rule
-from fedkeel.sim.pool import Pool
 from fedkeel.train.contract import Scale, Tokens
+from fedkeel.world.pool import Pool
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]

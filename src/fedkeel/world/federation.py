@@ -6,12 +6,13 @@ import contextlib
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedkeel.config import Job
-from fedkeel.core.errors import InputError
+from fedkeel.core.errors import InputError, nearest
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build, definition
@@ -21,23 +22,33 @@ from fedkeel.round import device
 from fedkeel.round.plan import Plan
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.wire import MAX_NAME, built
-from fedkeel.sim.composition import AUTO, choose
-from fedkeel.sim.devices import Devices
-from fedkeel.sim.evaluation import CLIENTS, GLOBAL
-from fedkeel.sim.hostile import Adversary
-from fedkeel.sim.models import build_model
-from fedkeel.sim.pool import Pool, clients, keep_back, label_histogram, set_apart
 from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
 from fedkeel.train.contract import ClientData, Prepare
 from fedkeel.train.objective import personal, try_objective
+from fedkeel.world.composition import AUTO, choose
+from fedkeel.world.devices import Devices
+from fedkeel.world.evaluation import CLIENTS, GLOBAL
+from fedkeel.world.hostile import Adversary
+from fedkeel.world.models import build_model
+from fedkeel.world.pool import Pool, clients, keep_back, label_histogram, set_apart
 
 POOLED = "pooled"
 """The one client of a job whose clients' examples are put together."""
 
 
+class Held(NamedTuple):
+    """Data that is there: a pool for the model's shape and its tests, whose examples they are, and the server's own."""
+
+    pool: Pool
+    members: tuple[str, ...]
+    data: ClientData
+    holdout: ClientData | None = None
+    server: Pool | None = None
+
+
 @dataclass(frozen=True)
 class Federation:
-    """Everything a simulation needs but its state.
+    """Everything that a simulation, a server or a client needs but its state.
 
     `data` is what the clients train on (its labels already flipped where the attack is on data), `validation` what
     they look at while they do, `holdout` what each keeps to test its own model. `names` are those who train, `members`
@@ -66,7 +77,8 @@ class Federation:
     @classmethod
     def of(cls, job: Job) -> Federation:
         """Build and check everything, or raise `InputError`; nothing is trained or written."""
-        plan, work, key = build_plan(job), build_work(job), Key.root(job.seed)
+        build_plan(job)  # what is wrong with the job comes before what is wrong with the data
+        key = Key.root(job.seed)
         with _about("data.source"):
             pool: Pool = job.rule("data.source", "source")(key.fold("source"))
             if not isinstance(pool, Pool):
@@ -78,13 +90,20 @@ class Federation:
         with _about("data.partition"):
             split = job.rule("data.partition", "partition")(pool, job.data.clients, key.fold("partition"))
             data, holdout = clients(pool, split, key.fold("clients"), holdout=job.data.holdout)
-        for name in split.names:
+        return cls.made(job, Held(pool, split.names, data, holdout, kept))
+
+    @classmethod
+    def made(cls, job: Job, held: Held) -> Federation:
+        """The same, of data that is there already: all clients', one's own, or none, on a server."""
+        plan, work, key = build_plan(job), build_work(job), Key.root(job.seed)
+        pool, members, data, holdout, kept = held
+        for name in members:
             if not 0 < len(name.encode(errors="replace")) <= MAX_NAME or not name.isprintable():
                 raise InputError(f"client name {name[:40]!r} is not valid: give 1 to {MAX_NAME} printable bytes")
         named = [(f"record.groups.{group}", pattern) for group, pattern in job.record.groups.items()]
         for key_of, pattern in named:
-            if not fnmatch.filter(split.names, pattern):
-                raise InputError(f"{key_of}: '{pattern}' matches no client: their names are as '{split.names[0]}'")
+            if not fnmatch.filter(members, pattern):
+                raise InputError(f"{key_of}: '{pattern}' matches no client: their names are as '{members[0]}'")
         with _about("model.build"):
             module = build_model(job.rule("model.build", "model"), pool, key.fold("model"))
         with _about("model.loss"):
@@ -132,13 +151,13 @@ class Federation:
             raise InputError("record.groups are measured on what their clients hold back: set data.holdout, as 0.2")
         if job.data.pooled:
             data = replace(data, offsets=data.offsets[[0, -1]])
-        names = (POOLED,) if job.data.pooled else split.names
+        names = (POOLED,) if job.data.pooled else members
         devices = Devices(job, Register(names), key.fold("devices"))
         adversary = Adversary.among(names, job.attack.clients, job.attacks, key.fold("attack"))
         adversary.check(pool, layout)
         data = adversary.poison(data, names, pool.classes)
         validation = None
-        if job.train.validation:
+        if job.train.validation and len(data.y):  # a server of nodes with data of their own has none
             with _about("train.validation"):
                 data, validation = set_apart(data, job.train.validation, names, key.fold("validation"))
         referee = None
@@ -157,18 +176,37 @@ class Federation:
         if not layout.columns:
             _check_alone(job, plan)
         else:
-            _check_feedback(plan, layout)
+            check_feedback(plan, layout)
         plan.check_referee(referee is not None)
         chosen = None
         if job.aggregate.reduce == AUTO:
-            told = label_histogram(data, pool.classes) if pool.classes and job.client.labels else None
+            told = label_histogram(data, pool.classes) if pool.classes and job.client.labels and len(data.y) else None
             section, chosen = choose(job, told)
             plan = build_plan(job.model_copy(update={"aggregate": section}))
         plan = replace(plan, label_classes=pool.classes if job.client.labels else 0)
         if not layout.columns:  # an empty payload says nothing, again and again
             plan = replace(plan, checks=tuple(rule for rule in plan.checks if rule.name != "replayed"))
         fields = (module, layout, plain_layout, plan, work, adversary, referee, devices, chosen)
-        return cls(job, key, pool, data, validation, holdout, names, split.names, *fields)
+        return cls(job, key, pool, data, validation, holdout, names, members, *fields)
+
+    def only(self, client: str) -> Federation:
+        """The federation as one client has it: its examples and nobody else's. Raises `InputError` for a stranger."""
+        if client not in self.names:
+            raise InputError(f"there is no client '{client}': {nearest(client, self.names)}")
+        place = self.names.index(client)
+
+        def own(data: ClientData | None) -> ClientData | None:
+            if data is None:
+                return None
+            first, last = data.range(place)
+            return ClientData(
+                data.x[first:last].clone(), data.y[first:last].clone(), torch.tensor([0, last - first]), data.prepare
+            )
+
+        data = own(self.data)
+        assert data is not None
+        validation, holdout = own(self.validation), own(self.holdout)
+        return replace(self, data=data, validation=validation, holdout=holdout, names=(client,), members=(client,))
 
     def trainer(self, backend: str | None = None, round: int = 1) -> Trainer:
         """What trains the clients, at the learning rate of a round."""
@@ -259,7 +297,7 @@ def _check_alone(job: Job, plan: Plan) -> None:
         )
 
 
-def _check_feedback(plan: Plan, layout: Layout) -> None:
+def check_feedback(plan: Plan, layout: Layout) -> None:
     """Refuse error feedback where nothing is left over, or more than there is: what is left would pile up."""
     if plan.error_feedback:
         if built(plan.codec, layout)[1].lossless:

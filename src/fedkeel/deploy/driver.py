@@ -1,0 +1,388 @@
+"""Drives the coordinator by the wall clock, over nodes that come and go. It knows nothing of Flower."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkeel.core.types import ClientMemory, ServerState, Stage
+from fedkeel.round import coordinator as orders
+from fedkeel.round.coordinator import Command, Coordinator
+from fedkeel.round.server import Server
+from fedkeel.world.clients import Base
+from fedkeel.world.evaluation import Measured, asked_of_clients, of_shared, over_clients
+from fedkeel.world.federation import Federation
+from fedkeel.world.record import Record
+
+_log = logging.getLogger("fedkeel")
+LOOK = 2.0
+"""Seconds between two looks at who is there."""
+POLL = 0.2
+"""Seconds between two looks for replies."""
+
+
+class Seat(NamedTuple):
+    """A node that is connected, since when."""
+
+    node: int
+    since: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A reply to a task: its bytes, or why there are none. `stage` as `Coordinator.on_failure` has it."""
+
+    client: str
+    task: int
+    data: bytes | None
+    why: str = ""
+    stage: Stage = "transport"
+
+
+class Told(NamedTuple):
+    """What a client measured of its own model after a round, and on how many examples; or why it did not."""
+
+    client: str
+    round: int
+    figures: tuple[dict[str, float], int] | None
+    why: str = ""
+
+
+class Echo(NamedTuple):
+    """A client's node has answered a probe, so it is done with all that it was sent before: the task among it."""
+
+    client: str
+    task: int
+
+
+@dataclass(slots=True)
+class _Work:
+    """What a client is at, as far as anybody knows; `closed`: its answer will not be used, but it is still at it."""
+
+    task: int
+    seat: Seat
+    asked: float
+    closed: bool = False
+
+
+@dataclass(slots=True)
+class _Survey:
+    """Figures of a model version that are being gathered from clients."""
+
+    round: int
+    version: int
+    theta: Tensor
+    until: float
+    waiting: set[str]
+    measured: Measured = field(default_factory=dict)
+
+
+Way = Callable[[int], Sequence[bytes] | None]
+"""From a version that a node has to the model: the coded steps, or None where it is sent in full."""
+
+
+class Nodes(Protocol):
+    """The nodes of a federation, however they are reached."""
+
+    def seats(self) -> Mapping[str, Seat]:
+        """Client -> its node, of those who are there."""
+
+    def send(self, given: Sequence[orders.Train], base: Base, seats: Mapping[str, Seat], way: Way) -> None:
+        """Give out work that begins with one model. `way` to it from a version, or None: it is sent in full."""
+
+    def ask(self, clients: Sequence[str], round: int, version: int, base: Base, seats: Mapping[str, Seat]) -> None:
+        """Have clients measure their own models, of this model."""
+
+    def probe(self, client: str, task: int, seat: Seat) -> None:
+        """Ask a node for a sign of life, after all that it was sent before."""
+
+    def forget(self, client: str, task: int) -> None:
+        """No reply to this task is waited for any more."""
+
+    def replies(self) -> Iterator[Arrived | Told | Echo]:
+        """What has come since the last time."""
+
+
+class _Present:
+    """Who is there, for the coordinator, as of the last look. Nobody knows when that changes: it looks again soon."""
+
+    def __init__(self, index: Mapping[str, int], patience: float) -> None:
+        self._index = index
+        self._mask = np.zeros(len(index), bool)
+        self.patience = patience
+        self._alone = math.inf
+
+    def look(self, clients: Iterable[str]) -> None:
+        self._mask[:] = False
+        self._mask[[self._index[client] for client in clients]] = True
+
+    def given(self) -> None:
+        """Somebody was there to be given work."""
+        self._alone = math.inf
+
+    def here(self, now: float) -> NDArray[np.bool_]:
+        return self._mask
+
+    def next_change(self, now: float) -> float:
+        """Infinity, which skips the round, once nobody could be given work for as long as patience lasts."""
+        self._alone = min(self._alone, now)
+        if now - self._alone < self.patience and not self._mask.all():
+            return now + LOOK
+        self._alone = math.inf  # the next round waits again
+        return math.inf
+
+
+class Driver:
+    """One federation on a network: asks the coordinator, carries out what it says, until it says that it is done."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        nodes: Nodes,
+        record: Record,
+        state: ServerState,
+        *,
+        patience: float,
+        gather: float,
+        probe: float,
+        now: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`now` is how many seconds of the federation are over already, `clock` any clock that never runs backwards.
+
+        `patience`: seconds that a round waits while nobody is there; `gather`: seconds to wait for all before the
+        first; `probe`: seconds of silence after which a node that is at work is asked for a sign of life.
+        """
+        job = federation.job
+        self.federation = federation
+        self.server = Server(federation.plan, federation.layout, state, federation.key, federation.referee)
+        register = federation.devices.register
+        self._present = _Present(register.index, patience)
+        self.coordinator = Coordinator(
+            federation.plan,
+            self.server,
+            register,
+            federation.key,
+            rounds=job.rounds,
+            evaluate_every=job.record.evaluate_every,
+            until=math.inf if job.schedule.seconds is None else job.schedule.seconds,
+            presence=self._present,
+            now=now,
+        )
+        self._nodes = nodes
+        self._record = record
+        self._gather, self._probe = gather, probe
+        self._asks = asked_of_clients(federation)
+        self._surveys: dict[int, _Survey] = {}
+        self._clock, self._sleep = clock, sleep
+        self._began = clock() - now
+        self._seats: Mapping[str, Seat] = {}
+        self._at: dict[str, _Work] = {}
+        self._looked = self._wake = -math.inf
+        self._seconds: dict[str, float] = {}
+        self._base = Base(self.server.theta, self.server.state.control)
+
+    @property
+    def now(self) -> float:
+        """Seconds of the federation."""
+        return self._clock() - self._began
+
+    def run(self, *, measured: bool = True) -> ServerState:
+        """To the end. `measured`: whether the figures of the last round that is closed are written down."""
+        self._wait_for_all()
+        if not measured:
+            self._evaluate(self.server.state.round, self.server.state.version)
+        lost = self.coordinator.server.state.in_flight  # of a server that was killed: nobody works at them any more
+        over = self._obey(self.coordinator.start(self.now))
+        for order in lost:
+            over = over or self._fail(order.client, order.task, "the server was started anew while it was at work")
+        while not over:
+            over = self._step()
+        while self._surveys:  # of the last rounds: nothing is trained any more
+            self._step()
+        return self.coordinator.snapshot()
+
+    def _wait_for_all(self) -> None:
+        """Until every node is there, or some are and time is up."""
+        began = self.now
+        while True:
+            self._look()
+            waited = self.now - began
+            if len(self._seats) == len(self.coordinator.roster.names) or (waited >= self._gather and self._seats):
+                break
+            if waited >= self._gather + self._present.patience:
+                break
+            self._sleep(POLL)
+        self._began += self.now - began  # the federation's clock starts with its first round
+
+    def _step(self) -> bool:
+        """All that happens now, and a moment's rest; True when the federation is over."""
+        for arrived in self._nodes.replies():
+            if isinstance(arrived, Told):
+                self._told(arrived)
+                continue
+            work = self._at.get(arrived.client)
+            if isinstance(arrived, Echo):
+                if work is not None and work.task == arrived.task and self._lost(arrived.client, work):
+                    return True
+                continue
+            if work is not None and work.task == arrived.task:
+                del self._at[arrived.client]
+            if arrived.data is None and arrived.stage == "transport":  # seen to be gone before the next look
+                self._seats = {client: seat for client, seat in self._seats.items() if client != arrived.client}
+            self._present.look(self._free())
+            if arrived.data is None:
+                over = self._fail(arrived.client, arrived.task, arrived.why, arrived.stage)
+            else:
+                over = self._obey(self._timed(self.coordinator.on_message, arrived.client, arrived.data, self.now))
+            if over:
+                return True
+        if self.now - self._looked >= LOOK and self._look():
+            return True
+        if self.now >= self._wake:
+            self._wake = math.inf
+            if self._obey(self._timed(self.coordinator.on_tick, self.now)):
+                return True
+        self._sleep(min(POLL, max(self._wake - self.now, 0.0)))
+        return False
+
+    def _look(self) -> bool:
+        """See who is there; tasks of nodes that are gone, or were started anew, have no answer. True: it is over."""
+        self._looked = self.now
+        self._seats = self._nodes.seats()
+        self._present.look(self._free())
+        for survey in list(self._surveys.values()):
+            survey.waiting &= self._seats.keys() if self.now < survey.until else set()
+            self._settle(survey)
+        for client, work in list(self._at.items()):
+            if (found := self._seats.get(client)) == work.seat:
+                if self.now - work.asked >= self._probe:
+                    work.asked = self.now
+                    self._nodes.probe(client, work.task, work.seat)
+                continue
+            del self._at[client]
+            why = "its node is gone" if found is None else "its node was started anew while it was at work"
+            if not work.closed and self._fail(client, work.task, why):
+                return True
+        return False
+
+    def _free(self) -> list[str]:
+        """Who is there, and not at work that was given up: a node does one thing after another."""
+        return [client for client in self._seats if client not in self._at]
+
+    def _lost(self, client: str, work: _Work) -> bool:
+        """A node is done with its work, and no reply has come of it; True when the federation is over."""
+        del self._at[client]
+        self._nodes.forget(client, work.task)
+        self._present.look(self._free())
+        return not work.closed and self._fail(client, work.task, "its order, or its reply, was lost on the way")
+
+    def _fail(self, client: str, task: int, why: str, stage: Stage = "transport") -> bool:
+        return self._obey(self.coordinator.on_failure(client, task, why, self.now, stage=stage))
+
+    def _obey(self, commands: Sequence[Command]) -> bool:
+        """Carry out commands, and what follows from them; True when the federation is over."""
+        left = deque(commands)
+        while left:
+            given: list[orders.Train] = []
+            while left and isinstance(left[0], orders.Train):
+                order = left.popleft()
+                assert isinstance(order, orders.Train)
+                given.append(order)
+            if given:
+                left.extend(self._give(given))
+                continue
+            command = left.popleft()
+            started = time.perf_counter()
+            match command:
+                case orders.Record(report):
+                    self._record.round(replace(report, seconds=self._seconds))
+                    self._seconds = {}
+                case orders.Evaluate(round, version):
+                    self._evaluate(round, version)
+                    self._spent("evaluate", started)
+                case orders.Checkpoint(_, state):
+                    self._record.checkpoint(state, ClientMemory(), {"time": self.now, "flight": []})
+                    self._spent("record", started)
+                case orders.Cancel(client, task):
+                    if (work := self._at.get(client)) is not None and work.task == task:
+                        work.closed = True
+                case orders.Wait(until):
+                    self._wake = until
+                case orders.Done():
+                    return True
+        return False
+
+    def _evaluate(self, round: int, version: int) -> None:
+        """Measure the model, on the server's test examples and, where clients hold some back, at all who are there."""
+        theta = self.server.state.theta
+        if not self._asks or not self._seats:
+            self._record.metrics(round, version, of_shared(self.federation, theta, []))
+            return
+        clients = sorted(self._seats)
+        self._surveys[round] = _Survey(round, version, theta, self.now + self._present.patience, set(clients))
+        base = self._based() if self.server.theta is theta else Base(theta, {})  # the model, not its coded double
+        self._nodes.ask(clients, round, version, base, self._seats)
+
+    def _told(self, told: Told) -> None:
+        survey = self._surveys.get(told.round)
+        if survey is None or told.client not in survey.waiting:
+            return
+        survey.waiting.remove(told.client)
+        if told.figures is None:
+            _log.warning("no figures of %s after round %d: %s", told.client, told.round, told.why)
+        else:
+            survey.measured[told.client] = told.figures
+        self._settle(survey)
+
+    def _settle(self, survey: _Survey) -> None:
+        """Write the figures down, once all have told theirs or will not."""
+        if survey.waiting:
+            return
+        del self._surveys[survey.round]
+        measured = {name: survey.measured[name] for name in self.federation.members if name in survey.measured}
+        found = over_clients(self.federation, measured) if measured else []
+        figures = [*of_shared(self.federation, survey.theta, found), *found]
+        self._record.metrics(survey.round, survey.version, figures)
+
+    def _based(self) -> Base:
+        """What clients begin with, one object as long as it is the same."""
+        theta, control = self.server.theta, self.server.state.control
+        if self._base.theta is not theta or self._base.control is not control:
+            self._base = Base(theta, control)
+        return self._base
+
+    def _give(self, given: Sequence[orders.Train]) -> list[Command]:
+        """Send work out; what follows for those who have left in the meantime."""
+        started = time.perf_counter()
+        there = [order for order in given if order.client in self._seats]
+        self._present.given()
+        self._nodes.send(there, self._based(), self._seats, self.server.way_down)
+        self._spent("send", started)
+        for order in there:
+            self._at[order.client] = _Work(order.task, self._seats[order.client], self.now)
+        commands: list[Command] = []
+        for order in given:
+            if order.client not in self._seats:
+                why = "its node left before it could be given work"
+                commands += self.coordinator.on_failure(order.client, order.task, why, self.now)
+        return commands
+
+    def _timed(self, ask: Callable[..., list[Command]], *args: Any) -> list[Command]:
+        started = time.perf_counter()
+        commands = ask(*args)
+        self._spent("aggregate", started)
+        return commands
+
+    def _spent(self, part: str, started: float) -> None:
+        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started

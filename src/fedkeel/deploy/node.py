@@ -1,0 +1,155 @@
+"""A node's half: orders in, envelopes out. Its data, model and memory are loaded once, and stay on its own disk."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+import torch
+from flwr.app import Context, Message, MessageType, RecordDict
+from torch import Tensor
+
+from fedkeel.core.errors import DecodeError, FedkeelError
+from fedkeel.core.types import ClientMemory
+from fedkeel.deploy import loaders, messages
+from fedkeel.deploy.folder import NodeFolder
+from fedkeel.round import wire
+from fedkeel.ship import tensors
+from fedkeel.world.clients import Base, Clients
+from fedkeel.world.evaluation import asked_of_clients, own
+
+_log = logging.getLogger("fedkeel")
+_BASE, _VERSION, _BEFORE = "down/theta", "down/version", "before/"
+
+
+class Node:
+    """What answers to a federation's messages, for one client."""
+
+    def __init__(self, folder: NodeFolder) -> None:
+        """Raises `InputError` where the folder's job, data or memory do not fit."""
+        self._folder = folder
+        self._client = folder.settings.client
+        self.federation = loaders.at_node(folder)
+        self._agreed = messages.agreement(self.federation)
+        self._task, self._before = -1, dict[str, Tensor]()
+        self._memory = self._recalled()
+        self._tuner = self.federation.tuner()
+        self._clients = Clients(self.federation, self.federation.trainer(), self._memory)
+
+    def close(self) -> None:
+        """Let go of the trainers."""
+        if self._tuner is not None:
+            self._tuner.close()
+        self._clients.close()
+        self._clients.trainer.close()
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Carry out the order in a message; the reply holds an envelope, or says why not."""
+        if message.metadata.message_type == MessageType.QUERY:
+            return Message(RecordDict(), reply_to=message)  # a sign of life
+        try:
+            order = messages.read_order(message.content, self.federation.layout.columns)
+            if reason := self._reason(order):
+                reply = messages.failure_content(reason)
+            elif message.metadata.message_type == MessageType.EVALUATE:
+                reply = messages.figures_content(*self._measure(order))
+            else:
+                reply = messages.update_content(self._train(order))
+        except (DecodeError, FedkeelError, ValueError) as error:
+            _log.warning("task refused: %s", error)
+            reply = messages.failure_content(str(error))
+        return Message(reply, reply_to=message)
+
+    def _reason(self, order: messages.Order) -> str | None:
+        """Why this node does not work at an order; None: it does."""
+        if order.train.client != self._client:
+            return f"it is an order for '{order.train.client[:64]}', this is '{self._client}'"
+        if found := messages.differing(self._agreed, order.agreement):
+            return f"{found}: bring both to the same job and version"
+        expected = {rule.name for rule in self.federation.plan.corrections if rule.hook("control")}
+        if order.control.keys() != expected:
+            return f"its corrections need {sorted(expected)}, it was sent {sorted(order.control)}"
+        return None
+
+    def _base(self, order: messages.Order) -> Base:
+        """What the order begins with; kept, where the next order may send but the way from there."""
+        theta, train, plan = order.theta, order.train, self.federation.plan
+        held = self._memory.of(self._client)
+        if theta is None:
+            if _BASE not in held or int(held[_VERSION]) != train.have:
+                raise ValueError(f"this node has not the model {train.have} that the order begins from")
+            assert plan.down is not None  # agreed upon
+            _, codec = wire.built(plan.down, self.federation.layout)
+            theta, limit = held[_BASE], codec.max_bytes(self.federation.layout.columns)
+            for packed in order.steps:
+                step = torch.empty_like(theta)
+                codec.decode(wire.unpacked(packed, bool(plan.down_zstd), limit), step)
+                theta = theta + step
+        if plan.down is not None:
+            self._memory.keep(self._client, {_BASE: theta, _VERSION: torch.tensor(train.version)})
+        return Base(theta, order.control)
+
+    def _train(self, order: messages.Order) -> bytes:
+        self._begin(order.train.task)
+        base = self._base(order)
+        made = next(self._clients.train([order.train], base))
+        if made.claims is None:
+            self._keep()
+            raise ValueError(made.failure)
+        envelope = self._clients.seal(made, made.claims, base)
+        self._keep()
+        return envelope
+
+    def _begin(self, task: int) -> None:
+        """Remember what there was before the task; before it once more, where a server went back to its checkpoint."""
+        if task <= self._task:
+            self._memory.forget(self._client, list(self._memory.of(self._client)))
+            self._memory.keep(self._client, self._before)
+        self._before, self._task = dict(self._memory.of(self._client)), task
+
+    def _measure(self, order: messages.Order) -> tuple[dict[str, float], int]:
+        """Figures of this client's own model, on what it holds back, and how many examples that is."""
+        if not asked_of_clients(self.federation):
+            raise ValueError("it holds nothing back to test on: data.holdout is 0")
+        if order.theta is None:
+            raise DecodeError("it was sent no model to measure")
+        return own(self.federation, order.theta, self._memory, self._tuner)[self._client]
+
+    def _recalled(self) -> ClientMemory:
+        memory = ClientMemory()
+        if self._folder.memory.is_file():
+            held, info = tensors.read(self._folder.memory)
+            self._task = int(info.get("task", -1))
+            self._before = {n.removeprefix(_BEFORE): v for n, v in held.items() if n.startswith(_BEFORE)}
+            memory.keep(self._client, {n: v for n, v in held.items() if not n.startswith(_BEFORE)})
+        return memory
+
+    def _keep(self) -> None:
+        """Write down what the client remembers, before its answer leaves."""
+        held = {name: vector for _, name, vector in self._memory.items()}
+        if held or self._folder.memory.exists():
+            held |= {_BEFORE + name: vector for name, vector in self._before.items()}
+            tensors.write(self._folder.memory, held, {"client": self._client, "task": self._task})
+
+
+class Reluctant:
+    """A node that is made when it is first needed; where it can not be, every order is answered with the reason."""
+
+    def __init__(self, folder: NodeFolder) -> None:
+        self._folder = folder
+        self._node: Node | None = None
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """As `Node`."""
+        try:
+            if self._node is None:
+                self._node = Node(self._folder)
+        except FedkeelError as error:
+            _log.error("%s can not take part: %s", self._folder.settings.client, error)
+            return Message(messages.failure_content(str(error)), reply_to=message)
+        return self._node(message, context)
+
+    def prepare(self) -> None:
+        """Make the node now, so that its first order need not wait; what is wrong is told with that."""
+        with suppress(FedkeelError):
+            self._node = Node(self._folder)

@@ -1,0 +1,126 @@
+"""The record of a run: what the simulator, or a server on the network, writes as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor
+
+from fedkeel.core.types import LOST, ClientMemory, RoundReport, ServerState
+from fedkeel.ship import card, checkpoint
+from fedkeel.ship.ledger import Ledger
+from fedkeel.ship.rundir import RunDir
+from fedkeel.train import Prepare
+from fedkeel.world.evaluation import Figures, Value
+from fedkeel.world.federation import Federation
+from fedkeel.world.pool import label_histogram
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: what a watcher is told after every round, and once before the first (round 0)."""
+
+    path: Path
+    round: int
+    rounds: int
+    metrics: Mapping[str, Value]
+    used: int
+    refused: int
+    skipped: str | None
+
+
+Watcher = Callable[[Progress], None]
+
+
+class Record:
+    """Writes what the simulator says into the run directory, and tells the watcher."""
+
+    def __init__(self, directory: RunDir, ledger: Ledger, federation: Federation, watch: Watcher | None) -> None:
+        self.directory = directory
+        self.ledger = ledger
+        self.federation = federation
+        self.watch = watch
+        self._latest: Mapping[str, Value] = {}
+
+    def round(self, report: RoundReport) -> None:
+        adversary = self.federation.adversary
+        self.ledger.write_round(report, set(adversary.clients))
+        if self.watch is not None:
+            refused = sum(row.refusal is not None and row.refusal.stage not in LOST for row in report.clients)
+            used = sum(row.weight > 0 for row in report.clients)
+            rounds = self.federation.job.rounds
+            self.watch(Progress(self.directory.path, report.round, rounds, self._latest, used, refused, report.skipped))
+
+    def metrics(self, round: int, version: int, figures: Sequence[Figures]) -> None:
+        with self.ledger.transaction():
+            for found in figures:
+                self.ledger.write_metrics(round, version, found.values, found.examples, found.scope)
+        mine = (found.values for found in figures if found.scope == self.federation.headline)
+        self._latest = next(mine, self._latest)
+        if round == 0 and self.watch is not None:
+            self.watch(Progress(self.directory.path, 0, self.federation.job.rounds, self._latest, 0, 0, None))
+
+    def checkpoint(
+        self,
+        state: ServerState,
+        memory: ClientMemory,
+        extra: Mapping[str, Any],
+        attached: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        digest = self.federation.layout.digest
+        self.ledger.sync()  # a checkpoint must never be newer than the ledger, even after a power cut
+        checkpoint.save(self.directory.checkpoints, state, memory, extra, attached=attached, layout_digest=digest)
+        checkpoint.prune(self.directory.checkpoints)
+
+    def model(self, state: ServerState) -> None:
+        """Write the final model, with its card."""
+        pool = self.federation.pool
+        card.write(
+            self.directory.model,
+            self.federation.layout,
+            state.theta,
+            version=self.federation.job.model.version,
+            inputs=card.Inputs(
+                pool.inputs, str(pool.prepare(pool.x[:1]).dtype).removeprefix("torch."), _in_words(pool.prepare)
+            ),
+            labels=pool.labels,
+            job=self.federation.job.name,
+            rounds=state.round,
+            recipe=repr(self.federation.plan),
+        )
+
+
+def described(federation: Federation, backend: str, settings: str) -> dict[str, Any]:
+    """What the ledger says of a run as a whole."""
+    from importlib.metadata import version
+
+    job, pool = federation.job, federation.pool
+    histogram = (
+        label_histogram(federation.data, pool.classes).tolist() if pool.classes and len(federation.data.y) else None
+    )
+    return {
+        "job": job.name,
+        "seed": job.seed,
+        "rounds": job.rounds,
+        "plan": federation.plan.steps,
+        **({"auto": federation.chosen} if federation.chosen else {}),
+        "headline": federation.headline,
+        "backend": backend,
+        "fedkeel": version("fedkeel"),
+        "torch": version("torch"),
+        "columns": federation.layout.columns,
+        "clients": list(federation.names),
+        "labels": list(pool.labels),
+        "label_histogram": histogram,
+        "hostile": sorted(federation.adversary.clients),
+        "settings": settings,
+    }
+
+
+def _in_words(prepare: Prepare) -> str:
+    """What was done to the inputs, the same text in every process."""
+    return f"{prepare.__module__}.{prepare.__qualname__}" if isinstance(prepare, FunctionType) else repr(prepare)
