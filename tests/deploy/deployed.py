@@ -88,7 +88,7 @@ class Deployed:
         standing = self.local.standing(1)
         return standing.round if standing else 0
 
-    def wait(self, holds: Callable[[], bool], seconds: float = 120.0) -> None:
+    def wait(self, holds: Callable[[], bool], seconds: float = 240.0) -> None:
         until = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > until:

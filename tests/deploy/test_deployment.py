@@ -25,9 +25,9 @@ from fedkeel.deploy import control, keys, process
 pytestmark = pytest.mark.filterwarnings("default")  # Flower's own dependencies warn
 
 
-def job(clients: int, rounds: int, **sections: object) -> fedkeel.Job:
-    train = {"stopping": "steps(steps=5)"}
-    return fedkeel.Job(name="net", rounds=rounds, data={"clients": clients}, train=train, **sections)
+def job(clients: int, rounds: int, *, holdout: float = 0.0, **sections: object) -> fedkeel.Job:
+    data, train = {"clients": clients, "holdout": holdout}, {"stopping": "steps(steps=5)"}
+    return fedkeel.Job(name="net", rounds=rounds, data=data, train=train, **sections)
 
 
 def status(url: str, authority: Path, headers: dict[str, str] | None = None) -> int:
@@ -145,7 +145,7 @@ def test_hostile_nodes_are_refused_with_a_reason_and_the_run_goes_on(tmp_path: P
         slow = lying.popitem()
         net.hostile(lying)
         net.hostile(dict([slow]))
-        net.wait(lambda: serving.poll() is not None, 240)
+        net.wait(lambda: serving.poll() is not None)
         assert serving.returncode == 0
     done = fedkeel.Run(net.local.run)
     rows = done.updates
@@ -178,13 +178,13 @@ def test_hostile_nodes_are_refused_with_a_reason_and_the_run_goes_on(tmp_path: P
 
 
 def test_a_third_of_all_answers_lost_costs_time_and_nothing_else(tmp_path: Path) -> None:
-    with deployed(tmp_path / "d", job(3, 5)) as net:
+    with deployed(tmp_path / "d", job(3, 5, holdout=0.2)) as net:
         settings = net.folder / "server" / "server.toml"
         settings.write_text(settings.read_text().replace("probe = 20.0", "probe = 1.5"))
         serving = net.server()
         net.wait(net.local.run.exists)
         net.lossy(0.3, "client-0", "client-1", "client-2")
-        net.wait(lambda: serving.poll() is not None, 240)
+        net.wait(lambda: serving.poll() is not None)
         assert serving.returncode == 0
     done = fedkeel.Run(net.local.run)
     used = claims(done.updates)
@@ -193,6 +193,8 @@ def test_a_third_of_all_answers_lost_costs_time_and_nothing_else(tmp_path: Path)
     assert len(used) + len(lost) == 15
     assert lost
     assert all("lost on the way" in row["reason"] for row in lost), {row["reason"] for row in lost}
+    figures = [row["value"] for row in done.metrics if row["name"] == "accuracy" and row["scope"].startswith("client/")]
+    assert len(figures) == 18, figures  # of every client after every round, asked for again where they were lost
 
 
 def test_a_node_without_a_registered_key_never_gets_in(tmp_path: Path) -> None:

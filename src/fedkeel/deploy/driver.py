@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedkeel.core.types import ClientMemory, ServerState, Stage
 from fedkeel.round import coordinator as orders
@@ -58,10 +57,10 @@ class Told(NamedTuple):
 
 
 class Echo(NamedTuple):
-    """A client's node has answered a probe, so it is done with all that it was sent before: the task among it."""
+    """A client's node has answered a probe: it is done with all that it was asked before that."""
 
     client: str
-    task: int
+    number: int
 
 
 @dataclass(slots=True)
@@ -70,8 +69,15 @@ class _Work:
 
     task: int
     seat: Seat
-    asked: float
+    number: int
     closed: bool = False
+
+
+class _Asked(NamedTuple):
+    """What a client was asked, at which node; the driver counts what it asks."""
+
+    seat: Seat
+    number: int
 
 
 @dataclass(slots=True)
@@ -80,9 +86,9 @@ class _Survey:
 
     round: int
     version: int
-    theta: Tensor
+    base: Base
     until: float
-    waiting: set[str]
+    waiting: dict[str, _Asked] = field(default_factory=dict)
     measured: Measured = field(default_factory=dict)
 
 
@@ -102,8 +108,8 @@ class Nodes(Protocol):
     def ask(self, clients: Sequence[str], round: int, version: int, base: Base, seats: Mapping[str, Seat]) -> None:
         """Have clients measure their own models, of this model."""
 
-    def probe(self, client: str, task: int, seat: Seat) -> None:
-        """Ask a node for a sign of life, after all that it was sent before."""
+    def probe(self, client: str, number: int, seat: Seat) -> None:
+        """Ask a node for a sign of life, after all that it was asked before."""
 
     def forget(self, client: str, task: int) -> None:
         """No reply to this task is waited for any more."""
@@ -188,6 +194,8 @@ class Driver:
         self._began = clock() - now
         self._seats: Mapping[str, Seat] = {}
         self._at: dict[str, _Work] = {}
+        self._number = 0
+        self._quiet: dict[str, float] = {}
         self._looked = self._wake = -math.inf
         self._seconds: dict[str, float] = {}
         self._base = Base(self.server.theta, self.server.state.control)
@@ -231,11 +239,11 @@ class Driver:
             if isinstance(arrived, Told):
                 self._told(arrived)
                 continue
-            work = self._at.get(arrived.client)
             if isinstance(arrived, Echo):
-                if work is not None and work.task == arrived.task and self._lost(arrived.client, work):
+                if self._lost(arrived.client, arrived.number):
                     return True
                 continue
+            work = self._at.get(arrived.client)
             if work is not None and work.task == arrived.task:
                 del self._at[arrived.client]
             if arrived.data is None and arrived.stage == "transport":  # seen to be gone before the next look
@@ -262,26 +270,43 @@ class Driver:
         self._seats = self._nodes.seats()
         self._present.look(self._free())
         for survey in list(self._surveys.values()):
-            survey.waiting &= self._seats.keys() if self.now < survey.until else set()
+            here = self._seats if self.now < survey.until else {}
+            survey.waiting = {client: asked for client, asked in survey.waiting.items() if client in here}
+            self._ask(survey, [client for client, asked in survey.waiting.items() if asked.seat != here[client]])
             self._settle(survey)
         for client, work in list(self._at.items()):
             if (found := self._seats.get(client)) == work.seat:
-                if self.now - work.asked >= self._probe:
-                    work.asked = self.now
-                    self._nodes.probe(client, work.task, work.seat)
                 continue
             del self._at[client]
             why = "its node is gone" if found is None else "its node was started anew while it was at work"
             if not work.closed and self._fail(client, work.task, why):
                 return True
+        for client in {*self._at, *(client for survey in self._surveys.values() for client in survey.waiting)}:
+            if self.now - self._quiet[client] >= self._probe:
+                self._nodes.probe(client, self._next(client), self._seats[client])
         return False
+
+    def _next(self, client: str) -> int:
+        """The number of what a client is asked now."""
+        self._number += 1
+        self._quiet[client] = self.now
+        return self._number
 
     def _free(self) -> list[str]:
         """Who is there, and not at work that was given up: a node does one thing after another."""
         return [client for client in self._seats if client not in self._at]
 
-    def _lost(self, client: str, work: _Work) -> bool:
-        """A node is done with its work, and no reply has come of it; True when the federation is over."""
+    def _lost(self, client: str, number: int) -> bool:
+        """A node is done with what it was asked before, and no reply may have come; True when the federation is over.
+
+        Figures are asked for again. Work is not: its round may be closed, and what the client keeps has moved on.
+        """
+        for survey in self._surveys.values():
+            if client in survey.waiting and survey.waiting[client].number < number and client in self._seats:
+                self._ask(survey, [client])
+        work = self._at.get(client)
+        if work is None or work.number > number:
+            return False
         del self._at[client]
         self._nodes.forget(client, work.task)
         self._present.look(self._free())
@@ -329,16 +354,21 @@ class Driver:
         if not self._asks or not self._seats:
             self._record.metrics(round, version, of_shared(self.federation, theta, []))
             return
-        clients = sorted(self._seats)
-        self._surveys[round] = _Survey(round, version, theta, self.now + self._present.patience, set(clients))
         base = self._based() if self.server.theta is theta else Base(theta, {})  # the model, not its coded double
-        self._nodes.ask(clients, round, version, base, self._seats)
+        survey = self._surveys[round] = _Survey(round, version, base, self.now + self._present.patience)
+        self._ask(survey, sorted(self._seats))
+
+    def _ask(self, survey: _Survey, clients: Sequence[str]) -> None:
+        """Ask clients who are there for their figures."""
+        if clients:
+            survey.waiting |= {client: _Asked(self._seats[client], self._next(client)) for client in clients}
+            self._nodes.ask(clients, survey.round, survey.version, survey.base, self._seats)
 
     def _told(self, told: Told) -> None:
         survey = self._surveys.get(told.round)
         if survey is None or told.client not in survey.waiting:
             return
-        survey.waiting.remove(told.client)
+        del survey.waiting[told.client]
         if told.figures is None:
             _log.warning("no figures of %s after round %d: %s", told.client, told.round, told.why)
         else:
@@ -352,7 +382,7 @@ class Driver:
         del self._surveys[survey.round]
         measured = {name: survey.measured[name] for name in self.federation.members if name in survey.measured}
         found = over_clients(self.federation, measured) if measured else []
-        figures = [*of_shared(self.federation, survey.theta, found), *found]
+        figures = [*of_shared(self.federation, survey.base.theta, found), *found]
         self._record.metrics(survey.round, survey.version, figures)
 
     def _based(self) -> Base:
@@ -370,7 +400,7 @@ class Driver:
         self._nodes.send(there, self._based(), self._seats, self.server.way_down)
         self._spent("send", started)
         for order in there:
-            self._at[order.client] = _Work(order.task, self._seats[order.client], self.now)
+            self._at[order.client] = _Work(order.task, self._seats[order.client], self._next(order.client))
         commands: list[Command] = []
         for order in given:
             if order.client not in self._seats:

@@ -133,7 +133,7 @@ class Local:
         return len(found)
 
     def watch(self, tell: Watcher | None = None, *, poll: float = 0.3) -> None:
-        """Until the federation is over. Raises `InputError` or `RunError`, with the server's own words, where it fails."""
+        """Until the federation is over. Raises `InputError` or `RunError`, in the server's words, where it fails."""
         told, serving = -1, True
         rounds = self.server.job.rounds
         try:

@@ -82,21 +82,27 @@ class Network:
 
     def ask(self, clients: Sequence[str], round: int, version: int, base: Base, seats: Mapping[str, Seat]) -> None:
         """Have clients measure their own models, as the model now is."""
+        self._forget({(client, round) for client in clients}, MessageType.EVALUATE)
         asked = [Train(client, round, round, version, None) for client in clients]
         self._push(asked, base, seats, MessageType.EVALUATE, lambda have: None)
 
-    def probe(self, client: str, task: int, seat: Seat) -> None:
-        """Ask a node for a sign of life, after all that it was sent before."""
+    def probe(self, client: str, number: int, seat: Seat) -> None:
+        """Ask a node for a sign of life, after all that it was asked before."""
         message = Message(RecordDict(), seat.node, MessageType.QUERY, ttl=TTL)
         for given in self._grid.push_messages([message]):
             if given is not None:
-                self._waiting[given] = _To(client, task, seat.node, MessageType.QUERY)
+                self._waiting[given] = _To(client, number, seat.node, MessageType.QUERY)
 
     def forget(self, client: str, task: int) -> None:
         """No reply to this task is waited for any more."""
-        ours = client, task, MessageType.TRAIN
-        self._waiting = {at: to for at, to in self._waiting.items() if (to.client, to.task, to.kind) != ours}
-        for coming in [one for one in self._coming if (one.to.client, one.to.task, one.to.kind) == ours]:
+        self._forget({(client, task)}, MessageType.TRAIN)
+
+    def _forget(self, asked: Set[tuple[str, int]], kind: str) -> None:
+        def meant(to: _To) -> bool:
+            return to.kind == kind and (to.client, to.task) in asked
+
+        self._waiting = {at: to for at, to in self._waiting.items() if not meant(to)}
+        for coming in [one for one in self._coming if meant(one.to)]:
             self._let_go(coming)
 
     def _push(self, given: Sequence[Train], base: Base, seats: Mapping[str, Seat], kind: str, way: Way) -> None:
