@@ -42,7 +42,7 @@ class Arrived:
 
     client: str
     task: int
-    data: bytes | None
+    data: memoryview | None
     why: str = ""
     stage: Stage = "transport"
 
@@ -236,23 +236,8 @@ class Driver:
     def _step(self) -> bool:
         """All that happens now, and a moment's rest; True when the federation is over."""
         for arrived in self._nodes.replies():
-            if isinstance(arrived, Told):
-                self._told(arrived)
-                continue
-            if isinstance(arrived, Echo):
-                if self._lost(arrived.client, arrived.number):
-                    return True
-                continue
-            work = self._at.get(arrived.client)
-            if work is not None and work.task == arrived.task:
-                del self._at[arrived.client]
-            if arrived.data is None and arrived.stage == "transport":  # seen to be gone before the next look
-                self._seats = {client: seat for client, seat in self._seats.items() if client != arrived.client}
-            self._present.look(self._free())
-            if arrived.data is None:
-                over = self._fail(arrived.client, arrived.task, arrived.why, arrived.stage)
-            else:
-                over = self._obey(self._timed(self.coordinator.on_message, arrived.client, arrived.data, self.now))
+            over = self._hear(arrived)
+            del arrived  # the next one is fetched now, and each may be large
             if over:
                 return True
         if self.now - self._looked >= LOOK and self._look():
@@ -263,6 +248,23 @@ class Driver:
                 return True
         self._sleep(min(POLL, max(self._wake - self.now, 0.0)))
         return False
+
+    def _hear(self, arrived: Arrived | Told | Echo) -> bool:
+        """Something has come from a node; True when the federation is over."""
+        if isinstance(arrived, Told):
+            self._told(arrived)
+            return False
+        if isinstance(arrived, Echo):
+            return self._lost(arrived.client, arrived.number)
+        work = self._at.get(arrived.client)
+        if work is not None and work.task == arrived.task:
+            del self._at[arrived.client]
+        if arrived.data is None and arrived.stage == "transport":  # seen to be gone before the next look
+            self._seats = {client: seat for client, seat in self._seats.items() if client != arrived.client}
+        self._present.look(self._free())
+        if arrived.data is None:
+            return self._fail(arrived.client, arrived.task, arrived.why, arrived.stage)
+        return self._obey(self._timed(self.coordinator.on_message, arrived.client, arrived.data, self.now))
 
     def _look(self) -> bool:
         """See who is there; tasks of nodes that are gone, or were started anew, have no answer. True: it is over."""

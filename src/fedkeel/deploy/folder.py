@@ -53,7 +53,6 @@ class ServerFile(_File):
     )
     gather: Seconds = Field(60.0, description="seconds to wait for all nodes before the first round")
     probe: Seconds = Field(20.0, description="seconds of silence after which a node at work is asked for a sign")
-    durable: bool = Field(True, description="keep messages on the disk: a killed SuperLink loses none; false is faster")
     nodes: Mapping[str, Peer] = Field(description="client -> its node")
 
     @model_validator(mode="after")

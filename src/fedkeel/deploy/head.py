@@ -34,12 +34,7 @@ def preside(folder: ServerFolder, grid: HttpGrid) -> None:
     limit = wire.PREFIX.size + wire.MAX_HEADER + wire.zstd_bound(_most(federation))
     with directory.lock(), directory.ledger() as ledger:
         newest = checkpoint.latest(directory.checkpoints)
-        state, now = ServerState(federation.theta()), 0.0
-        if newest is not None:
-            state, _, extra, _ = checkpoint.load(newest, layout_digest=federation.layout.digest)
-            now = extra["time"]
-            # The steps of before are gone, and nodes may have lost what they had: all are sent the model in full.
-            state = state.replace(roster={**state.roster, "version": torch.full_like(state.roster["version"], -1)})
+        state, now = _begun(federation, newest)
         ledger.rewind(state.round)
         ledger.write_meta(described(federation, BACKEND, directory.job.read_text()))
         ledger.write_clients(federation.devices.of)
@@ -50,10 +45,23 @@ def preside(folder: ServerFolder, grid: HttpGrid) -> None:
         driver = Driver(federation, network, record, state, patience=patience, gather=gather, probe=probe, now=now)
         known = ledger.query("SELECT 1 FROM metrics WHERE round = ? LIMIT 1", state.round)
         due = state.round == federation.job.rounds or state.round % federation.job.record.evaluate_every == 0
-        record.model(driver.run(measured=bool(known) or not due or state.round == 0))
+        measured = bool(known) or not due or state.round == 0
+        del state  # a model of before, in memory
+        record.model(driver.run(measured=measured))
     from fedkeel.ship.report import write
 
     write(directory.report, [directory.path])
+
+
+def _begun(federation: Federation, newest: Path | None) -> tuple[ServerState, float]:
+    """The state to go on from, and how many seconds of the federation are over."""
+    if newest is None:
+        return ServerState(federation.theta()), 0.0
+    state, _, extra, _ = checkpoint.load(newest, layout_digest=federation.layout.digest)
+    # The steps of before are gone, and nodes may have lost what they had: all are sent the model in full.
+    return state.replace(roster={**state.roster, "version": torch.full_like(state.roster["version"], -1)}), extra[
+        "time"
+    ]
 
 
 def _most(federation: Federation) -> int:

@@ -69,16 +69,21 @@ def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:
 
 def model_record(base: Base, steps: Sequence[bytes] | None = None) -> ArrayRecord:
     """The model's way down, in full or in steps; one record for all who are sent the same: Flower stores it once."""
-    arrays = {_CONTROL + name: _array(vector) for name, vector in base.control.items()}
+    record = ArrayRecord()
     if steps is None:
-        return ArrayRecord({"theta": _array(base.theta), **arrays})
-    ways = {f"{_WAY}{at:06d}": Array("uint8", (len(step),), _STEP, step) for at, step in enumerate(steps)}
-    return ArrayRecord({**ways, **arrays})
+        record["theta"] = _array(base.theta)
+    for at, step in enumerate(steps or ()):
+        record[f"{_WAY}{at:06d}"] = Array("uint8", (len(step),), _STEP, step)
+    for name, vector in base.control.items():
+        record[_CONTROL + name] = _array(vector)
+    return record
 
 
 def _array(vector: Tensor) -> Array:
     flat = vector.detach().cpu().to(torch.float32).contiguous()
-    return Array("float32", tuple(flat.shape), _VECTOR, flat.numpy().tobytes())
+    array = Array("float32", tuple(flat.shape), _VECTOR, b"")
+    array.__dict__["data"] = flat.numpy().data.cast("B")  # Flower cuts it into parts: the model itself is not copied
+    return array
 
 
 def order_content(order: Train, model: ArrayRecord, agreed: Mapping[str, str]) -> RecordDict:
@@ -174,11 +179,11 @@ def in_words(reason: object) -> str:
     return " ".join(str(reason or "no reason was given").split())[:MOST_WORDS]
 
 
-def read_reply(content: RecordDict) -> bytes | str:
+def read_reply(content: RecordDict) -> memoryview | str:
     """The envelope, or the node's reason why there is none. Raises `DecodeError`."""
     failure, update = content.get(FAILURE), content.get(UPDATE)
     if isinstance(failure, ConfigRecord):
         return in_words(failure.get("why"))
     if not isinstance(update, ArrayRecord) or set(update) != {"envelope"}:
         raise DecodeError(f"it holds {[str(name)[:40] for name in sorted(content)[:5]]}, not a fedkeel update")
-    return bytes(update["envelope"].data)
+    return memoryview(update["envelope"].data)

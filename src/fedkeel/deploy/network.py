@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,12 +15,11 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata, Pull
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid import HttpGrid
 
 from fedkeel.core.errors import DecodeError
 from fedkeel.core.types import Stage
-from fedkeel.deploy import keys, messages
+from fedkeel.deploy import keys, messages, parts
 from fedkeel.deploy.driver import Arrived, Echo, Seat, Told, Way
 from fedkeel.round.coordinator import Train
 from fedkeel.world.clients import Base
@@ -150,7 +150,10 @@ class Network:
             else:
                 if done:
                     self._let_go(coming)
-                    yield self._read(coming)
+                    read = self._read(coming)
+                    _give_back()
+                    yield read
+                    del read  # the next one is fetched now, and each may be large
 
     def _let_go(self, coming: _Coming) -> None:
         """Nothing more is asked of a reply; the SuperLink deletes what it has of it."""
@@ -179,13 +182,9 @@ class Network:
     def _read(self, coming: _Coming) -> Arrived | Told | Echo:
         to = coming.to
         try:
-            reply = inflate_object_from_contents(coming.metadata.message_id, coming.held)
-        except Exception as error:  # hostile bytes meet Flower's own decoder
-            return _nothing(to, f"it is no Flower message ({type(error).__name__})", "decode")
-        finally:
-            coming.held.clear()
-        if not isinstance(reply, Message):
-            return _nothing(to, f"it is a {type(reply).__name__}, not a message", "decode")
+            reply = parts.joined(coming.metadata.message_id, coming.held, self._limit)
+        except DecodeError as error:
+            return _nothing(to, str(error), "decode")
         if reply.has_error():
             # Flower itself answers with the server's own id, where a node is gone.
             stage: Stage = "train" if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION else "transport"
@@ -203,6 +202,12 @@ class Network:
         except DecodeError as error:
             return _nothing(to, str(error), "decode")
         return _nothing(to, said, "train") if isinstance(said, str) else Arrived(to.client, to.task, said)
+
+
+def _give_back() -> None:
+    """What a message's parts were in, to the system: glibc would keep as much again as the message has."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _nothing(to: _To, why: str, stage: Stage = "transport") -> Arrived | Told | Echo:

@@ -139,11 +139,11 @@ def _supernode(folder: Path) -> None:
     """Flower's SuperNode, which looks for work as often as node.toml says."""
     from flwr.supernode.cli import flower_supernode
 
-    from fedkeel.deploy import timing
+    from fedkeel.deploy import flower
     from fedkeel.deploy.folder import NodeFolder
 
     found, settings = NodeFolder(folder), NodeFolder(folder).settings
-    timing.supernode(settings.poll)
+    flower.supernode(settings.poll)
     sys.argv = ["flower-supernode", "--superlink", settings.server, "--root-certificates", str(found.authority)]
     sys.argv += ["--auth-supernode-private-key", str(found.key), "--isolation", "process"]
     sys.argv += ["--host", "127.0.0.1", "--port", str(settings.port)]
@@ -152,22 +152,20 @@ def _supernode(folder: Path) -> None:
 
 
 def _superlink(folder: Path) -> None:
-    from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
-
-    from fedkeel.deploy import superlink, timing
+    from fedkeel.deploy import flower, superlink
     from fedkeel.deploy.folder import ServerFolder
 
     found, settings = ServerFolder(folder), ServerFolder(folder).settings
     files = found.path / "server.crt", found.path / "server.key", found.authority, found.secret
-    database = str(found.path / "superlink.db") if settings.durable else FLWR_IN_MEMORY_DB_NAME
-    timing.superlink()
+    flower.superlink()
+    database = found.path / "superlink.db"
     superlink.serve(superlink.Link(settings.host, settings.port, settings.control_port, *files, database))
 
 
 def _head(folder: Path) -> None:
     from flwr.supercore.constant import TaskType
 
-    from fedkeel.deploy import head, worker
+    from fedkeel.deploy import flower, head, worker
     from fedkeel.deploy.control import Control
     from fedkeel.deploy.folder import ServerFolder
 
@@ -178,6 +176,7 @@ def _head(folder: Path) -> None:
     control.stop_all()
     control.start(settings.name)
     control.close()
+    flower.head()
     runtime = worker.Runtime(address, secret, found.authority)
     client = runtime.client()
     while (token := worker.acquire(client, TaskType.SERVER_APP)) is None:
@@ -186,7 +185,7 @@ def _head(folder: Path) -> None:
 
 
 def _worker(*folders: Path) -> None:
-    from fedkeel.deploy import worker
+    from fedkeel.deploy import flower, worker
     from fedkeel.deploy.folder import NodeFolder
     from fedkeel.deploy.node import Reluctant
 
@@ -195,6 +194,7 @@ def _worker(*folders: Path) -> None:
     nodes = [Reluctant(folder) for folder in found]
     for node in nodes:
         node.prepare()
+    flower.worker()
     worker.serve(list(zip(runtimes, nodes, strict=True)))
 
 

@@ -214,7 +214,7 @@ class FedKeel(FedAvg):
         except Exception as error:  # ours, or whatever Flower's records do with hostile content
             server.turn_away(sent.client, sent.task, Refusal("decode", "reply", _words(error)), now)
 
-    def _envelope(self, content: RecordDict, sent: Sent) -> bytes | str:
+    def _envelope(self, content: RecordDict, sent: Sent) -> bytes | memoryview | str:
         """A reply as an envelope: the one that our mod made, or one of plain weights; or the mod's words why not."""
         if messages.UPDATE in content or messages.FAILURE in content:
             return messages.read_reply(content)

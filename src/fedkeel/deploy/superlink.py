@@ -41,7 +41,7 @@ class Link(NamedTuple):
     authority: Path
     secret: Path
     """Of those who may start runs and register nodes, and of the processes that take up tasks."""
-    database: str
+    database: Path
 
 
 class SecretAccount(NoOpControlAuthnPlugin):
@@ -113,7 +113,7 @@ def serve(link: Link) -> None:
         ssl_ca_certfile=str(link.authority),
         ssl_certfile=str(link.certificate),
         ssl_keyfile=str(link.key),
-        database=link.database,
+        database=str(link.database),
         isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,
     )

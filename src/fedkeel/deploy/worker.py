@@ -22,7 +22,7 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, P
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -34,7 +34,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from fedkeel.core.errors import RunError
+from fedkeel.core.errors import DecodeError, RunError
+from fedkeel.deploy import parts
 from fedkeel.deploy.calls import patient
 
 App = Callable[[Message, Context], Message]
@@ -168,9 +169,10 @@ def _message(
     identity = tree.object_id
     confirm = ConfirmMessageReceivedRequest(node=node, run_id=context.run_id, message_object_id=identity)
     client.ConfirmMessageReceived(confirm)
-    message = inflate_object_from_contents(identity, held)
-    if not isinstance(message, Message):
-        raise LookupError(f"the node has a {type(message).__name__} where its message should be")
+    try:
+        message = parts.joined(identity, held)
+    except DecodeError as error:
+        raise LookupError(f"the node's message: {error}") from None
     message.metadata.__dict__["_message_id"] = identity  # as Flower's own processes set it
     return message, None
 

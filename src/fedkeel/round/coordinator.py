@@ -146,7 +146,7 @@ class Coordinator:
         return first + self._advance(now)
 
     def on_message(
-        self, client: str, data: bytes, now: float, *, intact: bool = False, more: bool = False
+        self, client: str, data: bytes | memoryview, now: float, *, intact: bool = False, more: bool = False
     ) -> list[Command]:
         """Bytes came from a client; `intact` as in `Server.offer`.
 

@@ -6,9 +6,13 @@ Rows end in the order of their tasks, whatever order they came in, so that resul
 from __future__ import annotations
 
 import bisect
+import math
 
 import torch
 from torch import Tensor
+
+_BLOCK = 2**18
+"""Columns that are added at a time."""
 
 
 class RowStore:
@@ -64,31 +68,41 @@ class RowSum:
         self.columns = columns
         self.total = torch.zeros(columns, dtype=torch.float64)
         self.scaled = torch.zeros(columns if scaled else 0, dtype=torch.float64)
-        self._spare = torch.empty(columns)
-        self._free: list[Tensor] = []
+        self._spare: Tensor | None = None
         self._waiting: list[tuple[int, float, float, Tensor]] = []
 
     def slot(self, task: int) -> Tensor:
+        if self._spare is None:
+            self._spare = torch.empty(self.columns)
         return self._spare
 
     def admit(self, task: int, weight: float, factor: float = 1.0) -> None:
-        bisect.insort(self._waiting, (task, weight, factor, self._spare), key=lambda item: item[0])
-        self._spare = self._free.pop() if self._free else torch.empty(self.columns)
+        bisect.insort(self._waiting, (task, weight, factor, self.slot(task)), key=lambda item: item[0])
+        self._spare = None
 
     def fold(self, first_open: float) -> None:
         """Add the rows whose tasks come before `first_open`, the earliest task that may still be answered."""
         ready = bisect.bisect_left(self._waiting, first_open, key=lambda item: item[0])
         for _, weight, factor, row in self._waiting[:ready]:
-            self.total.add_(row, alpha=weight)
-            if len(self.scaled):
-                self.scaled.add_(row, alpha=weight * factor)
-            self._free.append(row)
+            for at in range(0, self.columns, _BLOCK):  # torch makes a float64 row of what it adds
+                part = slice(at, at + _BLOCK)
+                self.total[part].add_(row[part], alpha=weight)
+                if len(self.scaled):
+                    self.scaled[part].add_(row[part], alpha=weight * factor)
+            self._spare = row
         del self._waiting[:ready]
+
+    def over(self, divisor: float) -> Tensor:
+        """The sum of all rows over a number, (P,) float32. It is the last that is asked of them: their memory is let go
+        of, and the sum is used up.
+        """
+        self.fold(math.inf)
+        self._spare = None
+        return self.total.div_(divisor).to(torch.float32)
 
     def clear(self) -> None:
         self.total.zero_()
         self.scaled.zero_()
-        self._free.extend(row for *_, row in self._waiting)
         self._waiting.clear()
 
 

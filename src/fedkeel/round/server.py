@@ -189,7 +189,7 @@ class Server:
             self._last_payload,
         )
 
-    def offer(self, client: str, data: bytes, now: float = 0.0, *, intact: bool = False) -> Refusal | None:
+    def offer(self, client: str, data: bytes | memoryview, now: float = 0.0, *, intact: bool = False) -> Refusal | None:
         """Let one message from `client` (as the transport knows it) through the door, or say why not.
 
         A refused answer ends the client's task; a message about another task (late, doubled, replayed) does not.
@@ -328,11 +328,10 @@ class Server:
             raise CohortError("no update was admitted")
         if not self._streams:
             return aggregate(self.plan, self._cohort(self._store.in_order(), self._admitted), self.state, refused)
-        self._sum.fold(math.inf)
         weights = torch.tensor([a.weight for a in self._admitted], dtype=torch.float64)
         scale = scale_of(weights, torch.tensor([a.absolute for a in self._admitted], dtype=torch.float64))
         total = sum_of(weights)
-        direction = (self._sum.total / (total / scale)).to(torch.float32)
+        direction = self._sum.over(total / scale)
         shares = dict(enumerate((weights / total).tolist()))
         return Outcome(direction, math.sqrt(distance.sq_norm(direction)), shares, scale=scale)
 
