@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import ssl
+import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -65,6 +66,11 @@ def test_a_deployment_is_the_simulation_through_kills_and_a_full_disk(tmp_path: 
         # What SQLite and checkpoints write from now on fails, as on a full disk.
         resource.prlimit(net.pid("head"), resource.RLIMIT_FSIZE, (1, 1))
         net.wait(lambda: net.round >= 7)
+        link = net.pid("superlink")
+        resource.prlimit(link, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        time.sleep(4)  # until somebody makes room
+        resource.prlimit(link, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        net.wait(lambda: net.round >= 9)
         net.kill("superlink")
         net.wait(lambda: serving.poll() is not None)
         assert serving.returncode == 0

@@ -7,12 +7,15 @@ twice. A name that a later Flower has no more is an `ImportError`.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
 BACKOFF = 0.05
@@ -21,21 +24,39 @@ BACKOFF = 0.05
 
 def supernode(poll: float) -> None:
     """A SuperNode looks for messages and replies every `poll` seconds at most."""
+    from flwr.supernode import fleet_http_connection
     from flwr.supernode import start_client_internal as module
 
     _replace(module, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll))))
     _replace(module, "pull_objects", partial(vars(module)["pull_objects"], initial_backoff=BACKOFF))
+    _replace(fleet_http_connection, "HeartbeatSender", _Heart)
+
+
+class _Heart(HeartbeatSender):
+    """Its end is that of its process, which is started anew: a node that lives on without is taken for gone."""
+
+    def _run(self) -> None:
+        try:
+            super()._run()
+        except Exception:
+            logging.getLogger("fedkeel").exception("the server does not take this node's heartbeat")
+            os._exit(1)
 
 
 def superlink() -> None:
-    """Clocks of nodes may be ahead of the SuperLink's by as much as Flower lets them be behind: five minutes."""
+    """Clocks of nodes may be ahead of the SuperLink's by as much as Flower lets them be behind: five minutes. Large
+    contents are files, and who could not be served for want of room tries again.
+    """
     from flwr.supercore.object_store import object_store_factory
+    from flwr.superlink import main
     from flwr.superlink.routers.fleet import node_auth as module
 
     from fedkeel.deploy.store import FileObjectStore
+    from fedkeel.deploy.superlink import lasting
 
     _replace(module, "SYSTEM_TIME_TOLERANCE", vars(module)["TIMESTAMP_TOLERANCE"])
     _replace(object_store_factory, "SqlObjectStore", FileObjectStore)
+    _replace(main, "http_error_translator", lasting(vars(main)["http_error_translator"]))
 
 
 def worker() -> None:

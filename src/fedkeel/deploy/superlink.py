@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,17 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from sqlalchemy.exc import OperationalError
+from starlette.middleware.base import RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
 
+_log = logging.getLogger("fedkeel")
 FLEET = "/v1/fleet/"
 MOST_BYTES = 16 * 2**20
 """Of a request from outside: Flower cuts messages into parts of five million bytes."""
 _Message = MutableMapping[str, Any]
+_Translate = Callable[[Request, RequestResponseEndpoint], Awaitable[Response]]
 _App = Callable[[_Message, Callable[[], Awaitable[_Message]], Callable[[_Message], Awaitable[None]]], Awaitable[None]]
 
 
@@ -125,6 +132,24 @@ def serve(link: Link) -> None:
         await asyncio.gather(inner.serve(), outer.serve())
 
     asyncio.run(both())
+
+
+def lasting(translate: _Translate) -> _Translate:
+    """Flower's answer to what goes wrong, but where nothing could be written, as on a full disk: who asked tries again
+    later. Flower's own answer, 500, would end them.
+    """
+
+    async def answer(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        async def called(request: Request) -> Response:
+            try:
+                return await call_next(request)
+            except (OSError, OperationalError) as error:
+                _log.error("%s could not be carried out, for now: %s", request.url.path, error)
+                return Response(status_code=503)
+
+        return await translate(request, called)
+
+    return answer
 
 
 def _listener(app: _App, host: str, port: int, link: Link, lifespan: Any) -> uvicorn.Server:
