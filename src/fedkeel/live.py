@@ -1,4 +1,4 @@
-"""The command line of the live page: `fedkeel dashboard`."""
+"""The command line of watching: `fedkeel dashboard` and `fedkeel track`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,47 @@ def dashboard(
         server.serve(ledger, listening, log_json=log_json)
 
 
+def track(
+    directory: Annotated[Path, typer.Argument(help="The directory of a run, or a folder of `fedkeel deploy init`.")],
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard's event files, one for each run.")
+    ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(help="Where MLflow keeps its runs: sqlite:///FILE.db, or the address of a server.")
+    ] = None,
+    experiment: Annotated[str, typer.Option(help="MLflow's experiment; made where there is none.")] = "fedkeel",
+    clients: Annotated[bool, typer.Option("--clients", help="Also the figures of every single client.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run is over, or Ctrl-C.")] = False,
+) -> None:
+    """Write a run to TensorBoard or MLflow. It reads the ledger alone, and called again it goes on where it was."""
+    from contextlib import ExitStack
+
+    from fedkeel.core.errors import InputError
+    from fedkeel.dashboard import feed
+    from fedkeel.track import follow as following
+    from fedkeel.track.mlflow import MLflow
+    from fedkeel.track.points import Target
+    from fedkeel.track.tensorboard import TensorBoard
+
+    if tensorboard is None and mlflow is None:
+        raise InputError("no tracker is named: add --tensorboard FOLDER, --mlflow URI, or both")
+    ledger = feed.find(directory)
+    with ExitStack() as stack, suppress(KeyboardInterrupt):
+        targets: list[Target] = []
+        if tensorboard is not None:
+            events = TensorBoard(tensorboard, ledger.parent)
+            stack.callback(events.close)
+            targets.append(events)
+        if mlflow is not None:
+            targets.append(MLflow(mlflow, experiment, ledger.parent))
+        if follow:
+            _out.print("writing as the run goes on (Ctrl-C ends it)")
+            done = following.follow(ledger, targets, clients, lambda text: _err.print(escape(text)))
+        else:
+            done = following.once(ledger, targets, clients)
+        _out.print(f"{done.status.lower()}: written as far as round {min(target.upto for target in targets)}")
+
+
 def _needed() -> None:
     from fedkeel.core.errors import InputError
 
@@ -65,4 +106,4 @@ def _needed() -> None:
         raise InputError("the dashboard needs a web server: pip install 'fedkeel[dashboard]'") from None
 
 
-__all__ = ["dashboard"]
+__all__ = ["dashboard", "track"]
