@@ -16,7 +16,11 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def dashboard(
     directory: Annotated[
-        Path | None, typer.Argument(help="The directory of a run, or a folder that `fedkeel deploy init` wrote.")
+        str | None,
+        typer.Argument(
+            help="The directory of a run, a folder of `fedkeel deploy init`, or the http(s)://HOST:PORT of another "
+            "dashboard, whose page is served here."
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than loopback are open to all.")
@@ -38,10 +42,18 @@ def dashboard(
         return
     if directory is None:
         raise InputError("DIRECTORY is missing: name the directory of a run, or a folder of `fedkeel deploy init`")
-    ledger = feed.find(directory)
+    elsewhere = "://" in directory
+    ledger = None if elsewhere else feed.find(directory)
     _needed()
-    from fedkeel.dashboard import server
+    from fedkeel.dashboard import relay, server
 
+    source: server.Live | relay.Relay
+    if ledger is None:
+        source = relay.Relay(directory, server.POLL)
+        if trouble := relay.check(source):
+            _err.print(f"[yellow]note:[/] {escape(trouble)}; the page goes on trying")
+    else:
+        source = server.Live(feed.Feed(ledger))
     listening = server.listen(host, port)
     address, number = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
@@ -51,7 +63,7 @@ def dashboard(
             "[yellow]note:[/] whoever reaches this address can read the page: put it behind what asks who they are"
         )
     with suppress(KeyboardInterrupt):
-        server.serve(ledger, listening, log_json=log_json)
+        server.serve(source, listening, log_json=log_json)
 
 
 def track(
@@ -99,6 +111,7 @@ def _needed() -> None:
     from fedkeel.core.errors import InputError
 
     try:
+        import httpx  # noqa: F401
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
