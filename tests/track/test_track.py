@@ -15,6 +15,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 import fedkeel
 from fedkeel import cli
@@ -296,6 +297,30 @@ def test_following_a_real_run(tmp_path, uri, capfd):
     assert [*found["updates/used"].values()][-1][0] == 4
     kept = client.list_artifacts(sent.info.run_id) + client.list_artifacts(sent.info.run_id, "model")
     assert {"job.toml", "report.html", "model/card.json", "model/model.safetensors"} <= {file.path for file in kept}
+
+
+def test_a_full_disk_loses_nothing(run, ledger, tmp_path, monkeypatch):
+    write(ledger, 1)
+    over(run)
+    target = TensorBoard(tmp_path / "tb", run)
+    with monkeypatch.context() as patched:
+        patched.setattr(EventFileWriter, "flush", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(RunError, match=r"could not be written \(No space left\)"):
+            follow.once(run / "ledger.sqlite", [target])
+    follow.once(run / "ledger.sqlite", [target])
+    target.close()
+    assert [*scalars(tmp_path / "tb")["bytes/up"]] == [1]
+
+
+def test_a_quote_in_the_path(tmp_path, uri):
+    run = tmp_path / "it's"
+    run.mkdir()
+    with Ledger(run / "ledger.sqlite") as ledger:
+        write(ledger, 1)
+    over(run)
+    for _ in range(2):
+        send(uri, run)
+    assert len(runs(uri)[1]) == 1
 
 
 def test_what_becomes_of_a_run(run, ledger, uri):

@@ -69,8 +69,8 @@ class MLflow:
 
     def _find(self) -> str:
         """The run that stands for this directory, or nothing."""
-        told = self._directory.replace("'", "\\'")
-        wanted = f"tags.`{_DIRECTORY}` = '{told}'"
+        quote = '"' if "'" in self._directory else "'"
+        wanted = f"tags.`{_DIRECTORY}` = {quote}{self._directory}{quote}"
         found: list[Run] = self._client.search_runs([self._experiment], wanted, order_by=["start_time DESC"])
         for run in found:
             tags = run.data.tags

@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +81,27 @@ class TensorBoard:
     def rewind(self, round: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._open().add_event(
-            Event(wall_time=time.time(), step=round, session_log=SessionLog(status=SessionLog.START))
-        )
-        self._file.flush()
-        self._forget(round)
+        start = SessionLog(status=SessionLog.START)
+        with self._kept():
+            self._open().add_event(Event(wall_time=time.time(), step=round, session_log=start))
+            self._file.flush()
+            self._forget(round)
 
-    def write(self, lines: list[Line]) -> None:
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
         try:
-            self._write(lines)
+            yield
         except OSError as error:
-            self._file = None  # its thread has ended; what did reach the disk is read back
+            if self._file is not None:  # its thread has ended; what did reach the disk is read back
+                with suppress(OSError):
+                    self._file.close()
+                self._file = None
             self._read()
             raise RunError(f"--tensorboard '{self._folder}' could not be written ({error.strerror})") from None
+
+    def write(self, lines: list[Line]) -> None:
+        with self._kept():
+            self._write(lines)
 
     def _write(self, lines: list[Line]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
