@@ -30,6 +30,7 @@ app.add_typer(deployment.app, name="deploy")
 app.command()(deployment.server)
 app.command()(deployment.client)
 app.command()(live.dashboard)
+app.command()(live.track)
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""The command line of the live page: `fedkeel dashboard`."""
+"""The command line of watching: `fedkeel dashboard` and `fedkeel track`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def dashboard(
     directory: Annotated[
-        Path | None, typer.Argument(help="The directory of a run, or a folder that `fedkeel deploy init` wrote.")
+        str | None,
+        typer.Argument(
+            help="The directory of a run, a folder of `fedkeel deploy init`, or the http(s)://HOST:PORT of another "
+            "dashboard, whose page is served here."
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than loopback are open to all.")
@@ -38,10 +42,18 @@ def dashboard(
         return
     if directory is None:
         raise InputError("DIRECTORY is missing: name the directory of a run, or a folder of `fedkeel deploy init`")
-    ledger = feed.find(directory)
+    elsewhere = "://" in directory
+    ledger = None if elsewhere else feed.find(directory)
     _needed()
-    from fedkeel.dashboard import server
+    from fedkeel.dashboard import relay, server
 
+    source: server.Live | relay.Relay
+    if ledger is None:
+        source = relay.Relay(directory, server.POLL)
+        if trouble := relay.check(source):
+            _err.print(f"[yellow]note:[/] {escape(trouble)}; the page goes on trying")
+    else:
+        source = server.Live(feed.Feed(ledger))
     listening = server.listen(host, port)
     address, number = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
@@ -51,13 +63,55 @@ def dashboard(
             "[yellow]note:[/] whoever reaches this address can read the page: put it behind what asks who they are"
         )
     with suppress(KeyboardInterrupt):
-        server.serve(ledger, listening, log_json=log_json)
+        server.serve(source, listening, log_json=log_json)
+
+
+def track(
+    directory: Annotated[Path, typer.Argument(help="The directory of a run, or a folder of `fedkeel deploy init`.")],
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard's event files, one for each run.")
+    ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(help="Where MLflow keeps its runs: sqlite:///FILE.db, or the address of a server.")
+    ] = None,
+    experiment: Annotated[str, typer.Option(help="MLflow's experiment; made where there is none.")] = "fedkeel",
+    clients: Annotated[bool, typer.Option("--clients", help="Also the figures of every single client.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run is over, or Ctrl-C.")] = False,
+) -> None:
+    """Write a run to TensorBoard or MLflow. It reads the ledger alone, and called again it goes on where it was."""
+    from contextlib import ExitStack
+
+    from fedkeel.core.errors import InputError
+    from fedkeel.dashboard import feed
+    from fedkeel.track import follow as following
+    from fedkeel.track.mlflow import MLflow
+    from fedkeel.track.points import Target
+    from fedkeel.track.tensorboard import TensorBoard
+
+    if tensorboard is None and mlflow is None:
+        raise InputError("no tracker is named: add --tensorboard FOLDER, --mlflow URI, or both")
+    ledger = feed.find(directory)
+    with ExitStack() as stack, suppress(KeyboardInterrupt):
+        targets: list[Target] = []
+        if tensorboard is not None:
+            events = TensorBoard(tensorboard, ledger.parent)
+            stack.callback(events.close)
+            targets.append(events)
+        if mlflow is not None:
+            targets.append(MLflow(mlflow, experiment, ledger.parent))
+        if follow:
+            _out.print("writing as the run goes on (Ctrl-C ends it)")
+            done = following.follow(ledger, targets, clients, lambda text: _err.print(escape(text)))
+        else:
+            done = following.once(ledger, targets, clients)
+        _out.print(f"{done.status.lower()}: written as far as round {min(target.upto for target in targets)}")
 
 
 def _needed() -> None:
     from fedkeel.core.errors import InputError
 
     try:
+        import httpx  # noqa: F401
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -65,4 +119,4 @@ def _needed() -> None:
         raise InputError("the dashboard needs a web server: pip install 'fedkeel[dashboard]'") from None
 
 
-__all__ = ["dashboard"]
+__all__ = ["dashboard", "track"]

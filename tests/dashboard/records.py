@@ -67,9 +67,10 @@ def many(path: Path, rounds: int, clients: int, updates: int) -> None:
 
 
 @contextmanager
-def dashboard(directory: Path, *options: str) -> Iterator[str]:
+def dashboard(directory: Path | str, *options: str) -> Iterator[str]:
     """The command as its user starts it, on a free port; its address."""
-    command = [sys.executable, "-W", "error", "-m", "fedkeel", "dashboard", str(directory), "--port", "0", *options]
+    port = () if "--port" in options else ("--port", "0")
+    command = [sys.executable, "-W", "error", "-m", "fedkeel", "dashboard", str(directory), *port, *options]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

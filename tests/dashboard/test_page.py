@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import records
@@ -204,4 +205,22 @@ def test_before_the_first_round_and_when_the_server_is_gone(browser, tmp_path):
             ledger._db.execute("UPDATE rounds SET wall = wall - 600")
             shows(opened, "#status", "No news for 10 min")
     shows(opened, "#status", "Out of reach")
+    opened.close()
+
+
+def test_the_page_of_another_machine(browser, tmp_path):
+    opened = browser.new_page()
+    with records.begin(tmp_path / "ledger.sqlite") as ledger, ExitStack() as stack:
+        with records.dashboard(tmp_path) as there:
+            records.write(ledger, 1, accuracy=0.5)
+            opened.goto(stack.enter_context(records.dashboard(there)))
+            opened.wait_for_selector("#client-table tbody tr")
+            records.write(ledger, 2, accuracy=0.75)
+            shows(opened, "#status", "round 2 of 100")
+            assert cards(opened)["Accuracy"] == "75.0%"
+        shows(opened, "#status", f"Out of reach {there.rstrip('/')} does not answer")
+        records.write(ledger, 3, accuracy=0.875)
+        with records.dashboard(tmp_path, "--port", there.rstrip("/").rpartition(":")[2]):
+            shows(opened, "#status", "round 3 of 100")
+            assert cards(opened)["Accuracy"] == "87.5%"
     opened.close()

@@ -19,6 +19,7 @@ from fedkeel import ship
 from fedkeel.core.errors import InputError
 from fedkeel.dashboard import prometheus, view
 from fedkeel.dashboard.feed import Feed
+from fedkeel.dashboard.relay import Relay
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -58,6 +59,16 @@ class Live:
             more = await asyncio.to_thread(self.step)
             await asyncio.sleep(0.01 if more else self._poll)
 
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Read on as long as the server runs."""
+        await asyncio.to_thread(self.step)  # the first answer knows what there is
+        task = asyncio.create_task(self.follow())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
     def step(self) -> bool:
         """Read on once; whether there is more."""
         with self._lock:
@@ -91,7 +102,7 @@ class Live:
         return status != "unreadable", _encode(seen)
 
 
-def application(live: Live, hosts: Iterable[str] = _LOOPBACK) -> Starlette:
+def application(source: Live | Relay, hosts: Iterable[str] = _LOOPBACK) -> Starlette:
     """The routes. `hosts` are the names that a browser may know this server by; none: any."""
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
@@ -100,17 +111,14 @@ def application(live: Live, hosts: Iterable[str] = _LOOPBACK) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        await asyncio.to_thread(live.step)  # the first answer knows what there is
-        task = asyncio.create_task(live.follow())
-        yield
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        async with source.running():
+            yield
 
+    answers = _answers(source) if isinstance(source, Live) else _relayed(source)
     files = [Route(f"/{path.name}", _file(path)) for path in _PAGE.iterdir()]
     files += [Route("/", _file(_PAGE / "index.html")), Route("/base.css", _file(_BASE))]
     middleware = [Middleware(_Guard, hosts=frozenset(hosts)), Middleware(GZipMiddleware, minimum_size=2000)]
-    return Starlette(routes=[*files, *_answers(live)], middleware=middleware, lifespan=lifespan)
+    return Starlette(routes=[*files, *answers], middleware=middleware, lifespan=lifespan)
 
 
 def _answers(live: Live) -> list[Any]:
@@ -141,6 +149,29 @@ def _answers(live: Live) -> list[Any]:
         Route("/metrics", metrics),
         Route("/healthz", healthz),
     ]
+
+
+def _relayed(relay: Relay) -> list[Any]:
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    async def answer(request: Request) -> Response:
+        try:
+            wanted = _wanted(request) if request.url.path == "/api/clients" else {}
+        except InputError as error:
+            return Response(_encode({"error": str(error)}), 400, media_type="application/json")
+        if "descending" in wanted:
+            wanted["order"] = "desc" if wanted.pop("descending") else "asc"
+        found = await relay.ask(request.url.path, **wanted)
+        # How old the news are is told against the clock that wrote them.
+        headers = {"date": found.date} if found.date else {}
+        if found.tag:
+            tagged = _tagged(request, found.tag, lambda: found.body)
+            tagged.headers.update(headers)
+            return tagged
+        return Response(found.body, found.status, headers | {"content-type": found.kind})
+
+    return [Route(path, answer) for path in ("/api/state", "/api/clients", "/metrics", "/healthz")]
 
 
 def _wanted(request: Request) -> dict[str, Any]:
@@ -246,7 +277,7 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(ledger: Path, listening: socket.socket, *, log_json: bool = False, poll: float = POLL) -> None:
+def serve(source: Live | Relay, listening: socket.socket, *, log_json: bool = False) -> None:
     """Serve until SIGINT or SIGTERM. On loopback only requests to it by such a name are answered."""
     import uvicorn
 
@@ -262,10 +293,11 @@ def serve(ledger: Path, listening: socket.socket, *, log_json: bool = False, pol
         "loggers": {"uvicorn": {"level": "INFO" if log_json else "WARNING"}},
     }
     config = uvicorn.Config(
-        application(Live(Feed(ledger), poll), hosts),
+        application(source, hosts),
         log_config=logs,
         access_log=log_json,
         server_header=False,
+        date_header=isinstance(source, Live),
         timeout_graceful_shutdown=3,
         ws="none",
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fedkeel.dashboard.bins import POINTS, Bins, Point, Span
 from fedkeel.ship.summary import natural
 
-_END = ("late", "end")  # work that was under way when the run ended: nothing went wrong
+END = ("late", "end")  # work that was under way when the run ended: nothing went wrong
 LOST = frozenset(("train", "transport", "late"))  # nobody is accused
 RECENT = 20  # rounds that tell how it goes now
 NEWEST = 20  # clients whose newest refusal is kept word by word
@@ -146,7 +146,7 @@ class Tally:
             client = self.clients[name] = Client(name)
         client.up += up
         client.down += down
-        if (stage, rule) == _END:
+        if (stage, rule) == END:
             self.ended = True
             self._count(stage, rule, line.round, name, reason)
             return
@@ -180,7 +180,7 @@ class Tally:
         refusal = Refusal(round, client, stage, rule or "", (reason or "")[:_MOST_REASON])
         found = self.rules.get((stage, refusal.rule))
         if found is None:
-            lost = "given up" if (stage, rule) == _END else "lost"
+            lost = "given up" if (stage, rule) == END else "lost"
             found = self.rules[stage, refusal.rule] = Rule(lost if stage in LOST else "refused")
         found.updates += 1
         found.clients.add(client)

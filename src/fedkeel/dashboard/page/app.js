@@ -14,6 +14,7 @@ let state = null;
 let tag = null;
 let skew = 0; // this clock minus the server's
 let failures = 0;
+let away = ""; // why another machine's dashboard, whose page this is, does not answer
 let timer = null;
 let clients = null;
 let asked = { revision: -1, at: 0 };
@@ -31,7 +32,9 @@ async function poll() {
       state = await answer.json();
       tag = answer.headers.get("ETag");
       show();
-    } else if (answer.status !== 304) {
+    }
+    away = answer.status === 502 ? (await answer.json()).error : "";
+    if (![200, 304, 502].includes(answer.status)) {
       throw new Error(`status ${answer.status}`);
     }
     failures = 0;
@@ -55,6 +58,7 @@ function refreshClients() {
 
 function standing() {
   const { now, run } = state ?? {};
+  if (away) return ["act", "Out of reach", `${away}; trying again`];
   if (failures > 1) return ["act", "Out of reach", "the dashboard does not answer; trying again"];
   if (!state) return ["wait", "Connecting", ""];
   const planned = run.rounds ? ` of ${whole(run.rounds)}` : "";
