@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
 import resource
+import signal
 import ssl
 import time
 import urllib.error
@@ -11,14 +14,25 @@ from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from deployed import claims, deployed
+from deployed import Deployed, claims, deployed
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata, ObjectTree, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import fedkeel
 from fedkeel.deploy import control, keys, process
@@ -245,3 +259,97 @@ def test_asynchronous_rounds_use_late_answers_and_go_on_after_a_kill(tmp_path: P
     assert any("started anew" in (row["reason"] or "") for row in done.updates)  # what was under way at the kill
     accuracies = [row["value"] for row in done.metrics if row["name"] == "accuracy"]
     assert accuracies[-1] > accuracies[0] + 0.1
+
+
+def test_nobody_waits_for_a_node_that_is_paused_and_it_comes_back(tmp_path: Path) -> None:
+    paused = float(os.environ.get("FEDKEEL_PAUSE", "12"))  # seconds; after a minute Flower takes the node for gone
+    with deployed(tmp_path / "d", job(3, 1000, schedule={"rule": "semi_sync(deadline=3.0)"})) as net:
+
+        def used(client: str) -> list[int]:
+            rows = fedkeel.Run(net.local.run).updates
+            return [row["round"] for row in rows if row["client"] == client and row["stage"] is None]
+
+        net.server()
+        net.node("client-0", "client-1")
+        net.node("client-2")
+        net.wait(lambda: net.round >= 2)
+        for role in ("supernode", "worker"):
+            net.kill(role, "client-2", signal.SIGSTOP)
+        began, until = net.round, time.monotonic() + paused
+        net.wait(lambda: time.monotonic() > until, 2 * paused)
+        ended = net.round
+        for role in ("supernode", "worker"):
+            net.kill(role, "client-2", signal.SIGCONT)
+        net.wait(lambda: max(used("client-2")) > ended)
+        assert ended - began >= paused / 3 - 2
+        assert set(range(began + 2, ended)).isdisjoint(used("client-2"))
+        assert set(range(began, ended)) <= set(used("client-0"))
+
+
+def test_a_thousand_bad_messages_cost_no_more_than_their_bytes(tmp_path: Path) -> None:
+    with deployed(tmp_path / "d", job(3, 20)) as net:
+        settings = net.folder / "server" / "server.toml"
+        settings.write_text(settings.read_text().replace("gather = 60.0", "gather = 1.0"))
+        serving = net.server()
+        net.node("client-0", "client-1")
+        net.wait(lambda: net.round >= 1)
+        link = psutil.Process(net.pid("superlink"))
+        before = link.memory_info().rss
+        sent, refused = _spammed(net, 1000)
+        assert refused == 1000
+        assert link.memory_info().rss - before < 30_000_000 + sent
+        net.wait(lambda: serving.poll() is not None)
+        assert serving.returncode == 0
+        left = sum(path.stat().st_size for path in (net.folder / "server").rglob("superlink*") if path.is_file())
+        assert left < 5_000_000, left
+    rows = fedkeel.Run(net.local.run).updates
+    assert {row["client"] for row in rows if row["stage"] is None} == {"client-0", "client-1"}
+    rounds = [row["round"] for row in rows if row["client"] == "client-0" and row["stage"] is None]
+    assert rounds == list(range(rounds[0], 21))
+
+
+def _spammed(net: Deployed, count: int) -> tuple[int, int]:
+    """Answers to questions that nobody asked, each with 200 kB, signed by a registered node: bytes, and refusals."""
+    folder = net.folder / "nodes" / "client-2"
+    key = serialization.load_ssh_private_key((folder / "node.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    interceptors = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
+    address, authority = f"127.0.0.1:{net.port}", (folder / "ca.crt").read_bytes()
+    draw, sent, refused = random.Random(0), 0, 0
+    with FleetHttpClient.from_server_address(address, False, authority, interceptors=interceptors) as client:
+        public = public_key_to_bytes(key.public_key())
+        node = Node(node_id=client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30)).node_id)
+        client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=30))
+        while not (asked := client.PullMessages(PullMessagesRequest(node=node)).messages_list):
+            time.sleep(0.2)
+        run = asked[0].metadata.run_id
+        for number in range(count):
+            content = b"ArrayChunk  200000\0" + draw.randbytes(200_000)
+            tree = ObjectTree(object_id=get_object_id(content))
+            about = Metadata(
+                run_id=run,
+                message_id=tree.object_id,
+                src_node_id=node.node_id,
+                dst_node_id=1,
+                reply_to_message_id=f"{number:064x}",
+                ttl=1e6,
+                message_type="train",
+                created_at=time.time(),
+            )
+            request = PushMessagesRequest(
+                node=node,
+                messages_list=[ProtoMessage(metadata=about, content=ProtoRecordDict())],
+                message_object_trees=[tree],
+            )
+            said = client.PushMessages(request)
+            pushed = PushObjectRequest(
+                node=node,
+                run_id=run,
+                session_id=said.session_id,
+                object_id=tree.object_id,
+                object_content=content,
+            )
+            refused += not client.PushObject(pushed).stored
+            sent += request.ByteSize() + len(content)
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+    return sent, refused

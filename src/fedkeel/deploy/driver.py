@@ -232,6 +232,7 @@ class Driver:
                 break
             self._sleep(POLL)
         self._began += self.now - began  # the federation's clock starts with its first round
+        self._looked = self.now
 
     def _step(self) -> bool:
         """All that happens now, and a moment's rest; True when the federation is over."""

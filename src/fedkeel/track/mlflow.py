@@ -34,12 +34,8 @@ class MLflow:
         """Raises `InputError` for an address or a name that MLflow does not take, `RunError` where it fails."""
         _check(uri)
         # For who set nothing else: report nothing to others, and tell soon that a server is not there.
-        for key, value in (
-            ("DISABLE_TELEMETRY", "true"),
-            ("HTTP_REQUEST_MAX_RETRIES", "2"),
-            ("HTTP_REQUEST_TIMEOUT", "20"),
-        ):
-            os.environ.setdefault(f"MLFLOW_{key}", value)
+        for key, value in _SETTINGS.items():
+            os.environ.setdefault(key, value)
         try:
             from mlflow.tracking import MlflowClient
         except ImportError:
