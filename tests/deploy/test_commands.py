@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -130,3 +131,27 @@ def test_the_server_ends_with_the_reason_where_its_data_do_not_load(job: Path, t
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert "nowhere" in done.stderr
     assert not any(process.alive for process in Local(tmp_path / "d").processes())
+
+
+def test_nodes_that_run_already_are_not_started_a_second_time_in_other_processes(job: Path, tmp_path: Path) -> None:
+    init.write(fedkeel.load(job), tmp_path / "d", port=18_400)
+    local = Local(tmp_path / "d")
+    (tmp_path / "d" / "logs").mkdir()
+    pid = local._spawn("nodes-0", ["dashboard", str(tmp_path / "d"), "--port", "0"])  # it lasts
+    (tmp_path / "d" / "processes.json").write_text(json.dumps({"nodes-0": pid}))
+    with pytest.raises(fedkeel.InputError, match=r"run already, .*\(nodes-0\).*`fedkeel deploy stop"):
+        local.start(apart=True)
+    assert [process.name for process in local.processes()] == ["nodes-0"]
+    assert local.stop() == 1
+
+
+def test_a_failure_is_told_in_the_words_of_this_start_not_of_an_earlier_one(job: Path, tmp_path: Path) -> None:
+    init.write(fedkeel.load(job), tmp_path / "d", port=18_500)
+    (tmp_path / "d" / "logs").mkdir()
+    (tmp_path / "d" / "logs" / "server.log").write_text("fedkeel: an old sorrow\n")
+    local = Local(tmp_path / "d")
+    local._spawn("server", ["server", "nowhere"])
+    local._own[0].wait()
+    with pytest.raises(fedkeel.FedkeelError, match=r"the server ended: (?!an old sorrow)"):
+        local.watch()
+    assert local.stop() == 0

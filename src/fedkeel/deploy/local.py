@@ -42,6 +42,7 @@ class Local:
         self.folder = Path(folder)
         self.server = ServerFolder(self.folder / "server")
         self._own: list[subprocess.Popen[bytes]] = []
+        self._said: dict[str, int] = {}
         self._book = self.folder / "processes.json"
 
     @property
@@ -69,6 +70,11 @@ class Local:
         for number, part in enumerate(parts):
             name = NodeFolder(part[0]).settings.client if apart else f"nodes-{number}"
             wanted[name] = ["client", *map(str, part)]
+        if others := running - wanted.keys() - {PAGE}:
+            raise InputError(
+                f"the nodes of '{self.folder}' run already, in other processes ({', '.join(sorted(others))}): end them "
+                f"with `fedkeel deploy stop {self.folder}`, or start them the same way"
+            )
         if page and PAGE not in running and importlib.util.find_spec("prometheus_client") is not None:
             self._log(PAGE).unlink(missing_ok=True)  # it says where it is
             wanted[PAGE] = ["dashboard", str(self.folder), "--port", "0"]
@@ -93,6 +99,7 @@ class Local:
 
     def _spawn(self, name: str, command: Sequence[str]) -> int:
         with self._log(name).open("ab") as log:
+            self._said[name] = log.tell()
             started = subprocess.Popen(
                 [sys.executable, "-m", "fedkeel", *command],
                 stdin=subprocess.DEVNULL,
@@ -156,8 +163,9 @@ class Local:
         return found.round
 
     def _failure(self) -> InputError | RunError:
-        """What the server said last."""
-        lines = self._log(SERVER).read_text(errors="replace").splitlines() if self._log(SERVER).is_file() else []
+        """What the server said last, since it was started here."""
+        log = self._log(SERVER).read_bytes() if self._log(SERVER).is_file() else b""
+        lines = log[self._said.get(SERVER, 0) :].decode(errors="replace").splitlines()
         said = [line.removeprefix("fedkeel: ") for line in lines if line.startswith("fedkeel: ")]
         kind: type[InputError | RunError] = InputError if said and "started anew" not in said[-1] else RunError
         return kind(f"the server ended: {said[-1] if said else 'it said nothing'}; its log is {self._log(SERVER)}")

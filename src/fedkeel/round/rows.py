@@ -66,7 +66,7 @@ class RowSum:
 
     def __init__(self, columns: int, *, scaled: bool = False) -> None:
         self.columns = columns
-        self.total = torch.zeros(columns, dtype=torch.float64)
+        self._total: Tensor | None = None
         self.scaled = torch.zeros(columns if scaled else 0, dtype=torch.float64)
         self._spare: Tensor | None = None
         self._waiting: list[tuple[int, float, float, Tensor]] = []
@@ -83,25 +83,31 @@ class RowSum:
     def fold(self, first_open: float) -> None:
         """Add the rows whose tasks come before `first_open`, the earliest task that may still be answered."""
         ready = bisect.bisect_left(self._waiting, first_open, key=lambda item: item[0])
+        if not ready:
+            return
+        if self._total is None:
+            self._total = torch.zeros(self.columns, dtype=torch.float64)
         for _, weight, factor, row in self._waiting[:ready]:
             for at in range(0, self.columns, _BLOCK):  # torch makes a float64 row of what it adds
                 part = slice(at, at + _BLOCK)
-                self.total[part].add_(row[part], alpha=weight)
+                self._total[part].add_(row[part], alpha=weight)
                 if len(self.scaled):
                     self.scaled[part].add_(row[part], alpha=weight * factor)
             self._spare = row
         del self._waiting[:ready]
 
     def over(self, divisor: float) -> Tensor:
-        """The sum of all rows over a number, (P,) float32. It is the last that is asked of them: their memory is let go
-        of, and the sum is used up.
+        """The sum of all rows, of which there must be some, over a number: (P,) float32.
+
+        It is the last that is asked of them, and all memory is let go of.
         """
         self.fold(math.inf)
-        self._spare = None
-        return self.total.div_(divisor).to(torch.float32)
+        assert self._total is not None
+        total, self._spare, self._total = self._total, None, None
+        return total.div_(divisor).to(torch.float32)
 
     def clear(self) -> None:
-        self.total.zero_()
+        self._total = None
         self.scaled.zero_()
         self._waiting.clear()
 
