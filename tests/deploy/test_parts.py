@@ -29,6 +29,18 @@ def message(*contents: bytes) -> Message:
     return Message(RecordDict({"it": record, "c": ConfigRecord({"k": 1})}), 7, "train")
 
 
+def joined(identity: str, held: dict[str, bytes], limit: int | None = None) -> Message:
+    came = parts.Parts()
+    for number, content in held.items():
+        came.add(number, content)
+        assert number in came
+    assert came.size <= sum(map(len, held.values()))
+    try:
+        return came.joined(identity, limit)
+    finally:
+        assert came.size == 0  # whatever it was, its memory is let go of
+
+
 def taken_apart(whole: Message) -> dict[str, bytes]:
     return {number: part.deflate() for number, part in get_all_nested_objects(whole).items()}
 
@@ -37,10 +49,13 @@ SMALL = message(b"some bytes", b"others")
 
 
 @pytest.mark.parametrize("contents", [(LARGE,), (b"",), (b"x", LARGE, b"x"), (bytes(11_000_000),), ()])
-def test_a_message_is_what_flower_makes_of_its_parts(contents: tuple[bytes, ...]) -> None:
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_message_is_what_flower_makes_of_its_parts(contents: tuple[bytes, ...], backwards: bool) -> None:
     sent = message(*contents)
     held = taken_apart(sent)
-    ours, flowers = parts.joined(sent.object_id, dict(held)), inflate_object_from_contents(sent.object_id, dict(held))
+    if backwards:  # then nothing lies where it belongs
+        held = dict(reversed(held.items()))
+    ours, flowers = joined(sent.object_id, held), inflate_object_from_contents(sent.object_id, dict(held))
     assert isinstance(flowers, Message)
     assert ours.content["c"] == flowers.content["c"]
     ours_, theirs = ours.content["it"], flowers.content["it"]
@@ -60,7 +75,7 @@ def test_a_chunk_that_is_named_a_thousand_times_is_refused_before_it_is_joined()
     told = json.loads(body) | {"arraychunk_ids": [0] * 1000}
     held[number] = head + b"\0" + json.dumps(told).encode()
     with pytest.raises(DecodeError, match="5000000000 bytes, the limit is 6000000"):
-        parts.joined(sent.object_id, held, 6_000_000)
+        joined(sent.object_id, held, 6_000_000)
 
 
 @given(st.data())
@@ -72,8 +87,7 @@ def test_any_bytes_are_a_message_or_refused(data: st.DataObject) -> None:
     content[at] = data.draw(st.integers(0, 255))
     held[number] = bytes(content[: data.draw(st.integers(0, len(content)))])
     with suppress(DecodeError):
-        assert isinstance(parts.joined(SMALL.object_id, held, 1000), Message)
-    assert not held  # whatever it was, its memory is let go of
+        assert isinstance(joined(SMALL.object_id, held, 1000), Message)
 
 
 def test_the_store_keeps_large_parts_in_files_through_a_kill(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from flwr.superlink.grid import HttpGrid
 
 from fedkeel.core.errors import DecodeError
 from fedkeel.core.types import Stage
-from fedkeel.deploy import keys, messages, parts
+from fedkeel.deploy import keys, messages
 from fedkeel.deploy.driver import Arrived, Echo, Seat, Told, Way
+from fedkeel.deploy.parts import Parts
 from fedkeel.round.coordinator import Train
 from fedkeel.world.clients import Base
 
@@ -47,7 +48,7 @@ class _Coming:
     to: _To
     metadata: Metadata
     parts: list[str]
-    held: dict[str, bytes] = field(default_factory=dict)
+    held: Parts = field(default_factory=Parts)
 
 
 class Network:
@@ -174,15 +175,15 @@ class Network:
                 raise LookupError("a part of it is gone")
             if not got.object_available:
                 return False
-            coming.held[part] = got.object_content
-            if (size := sum(map(len, coming.held.values()))) > self._limit:
-                raise DecodeError(f"it has {size} bytes and more, the limit is {self._limit}")
+            coming.held.add(part, got.object_content)
+            if coming.held.size > self._limit:
+                raise DecodeError(f"it has {coming.held.size} bytes and more, the limit is {self._limit}")
         return True
 
     def _read(self, coming: _Coming) -> Arrived | Told | Echo:
         to = coming.to
         try:
-            reply = parts.joined(coming.metadata.message_id, coming.held, self._limit)
+            reply = coming.held.joined(coming.metadata.message_id, self._limit)
         except DecodeError as error:
             return _nothing(to, str(error), "decode")
         if reply.has_error():

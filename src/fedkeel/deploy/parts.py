@@ -6,8 +6,8 @@ names them: sixty bytes a repetition make five million.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import Counter
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message
@@ -20,68 +20,89 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from fedkeel.core.errors import DecodeError
 
-_RECORD, _ARRAY, _CHUNK = "ArrayRecord", "Array", "ArrayChunk"
+_RECORD, _ARRAY, _CHUNK = "ArrayRecord", "Array", b"ArrayChunk "
 _HEAD = b"\x00"
 """What ends the head of a part."""
 
 
-def joined(identity: str, held: dict[str, bytes], limit: int | None = None) -> Message:
-    """The message of that id; `held` is emptied. Raises `DecodeError` for any bytes that are none, or are too many.
+class Parts:
+    """What has come of a message; chunks of arrays lie one after another, as they came."""
 
-    `limit`: bytes that its arrays may have in all.
-    """
-    try:
-        message = inflate_object_from_contents(identity, held, objects=_records(held, limit))
-    except DecodeError:
-        raise
-    except Exception as error:  # hostile bytes meet Flower's own decoder
-        raise DecodeError(f"it is no Flower message ({type(error).__name__})") from None
-    finally:
-        held.clear()
-    if not isinstance(message, Message):
-        raise DecodeError(f"it is a {type(message).__name__}, not a message")
-    return message
+    def __init__(self) -> None:
+        self._held: dict[str, bytes] = {}
+        self._data = bytearray()
+        self._chunks: dict[str, slice] = {}
 
+    def __contains__(self, number: str) -> bool:
+        return number in self._held or number in self._chunks
 
-def _records(held: dict[str, bytes], limit: int | None) -> dict[str, InflatableObject]:
-    """The array records among the parts, by their ids; all that they are made of is taken out."""
-    kinds = {number: get_object_type_from_object_content(content) for number, content in held.items()}
-    taken = {
-        kind: {n: held.pop(n) for n, found in kinds.items() if found == kind} for kind in (_RECORD, _ARRAY, _CHUNK)
-    }
-    arrays = _arrays(taken[_ARRAY], {number: _body(content) for number, content in taken.pop(_CHUNK).items()}, limit)
-    records: dict[str, InflatableObject] = {}
-    for number, content in taken[_RECORD].items():
-        record = ArrayRecord()
-        for name, array in _told(content).items():
-            record[name] = arrays[array]
-        records[number] = record
-    return records
+    @property
+    def size(self) -> int:
+        """Bytes that are held."""
+        return len(self._data) + sum(map(len, self._held.values()))
 
+    def add(self, number: str, content: bytes) -> None:
+        """The part of that id."""
+        if content.startswith(_CHUNK) and _HEAD in content:
+            start = len(self._data)
+            self._data += _body(content)
+            self._chunks[number] = slice(start, len(self._data))
+        else:
+            self._held[number] = content
 
-def _arrays(contents: dict[str, bytes], chunks: dict[str, memoryview], limit: int | None) -> dict[str, Array]:
-    """Arrays of their chunks, each of which is let go of when it was used for the last time."""
-    orders: dict[str, list[str]] = {}
-    for number, content in contents.items():
+    def joined(self, identity: str, limit: int | None = None) -> Message:
+        """The message of that id; nothing is held any more. Raises `DecodeError` for parts that are none, or too many.
+
+        `limit`: bytes that its arrays may have in all.
+        """
+        held, self._held = self._held, {}
+        try:
+            message = inflate_object_from_contents(identity, held, objects=self._records(held, limit))
+        except DecodeError:
+            raise
+        except Exception as error:  # hostile bytes meet Flower's own decoder
+            raise DecodeError(f"it is no Flower message ({type(error).__name__})") from None
+        finally:
+            self._data, self._chunks = bytearray(), {}
+        if not isinstance(message, Message):
+            raise DecodeError(f"it is a {type(message).__name__}, not a message")
+        return message
+
+    def _records(self, held: dict[str, bytes], limit: int | None) -> dict[str, InflatableObject]:
+        """The array records among the parts, by their ids; they and their arrays are taken out of `held`."""
+        kinds = {number: get_object_type_from_object_content(content) for number, content in held.items()}
+        taken = {kind: {n: held.pop(n) for n, k in kinds.items() if k == kind} for kind in (_RECORD, _ARRAY)}
+        orders = {number: self._order(content) for number, content in taken[_ARRAY].items()}
+        size = sum(part.stop - part.start for order in orders.values() for part in order)
+        if limit is not None and size > limit:
+            raise DecodeError(f"it has {size} bytes, the limit is {limit}")
+        arrays = {number: _array(content, self._bytes(orders[number])) for number, content in taken[_ARRAY].items()}
+        records: dict[str, InflatableObject] = {}
+        for number, content in taken[_RECORD].items():
+            record = ArrayRecord()
+            for name, array in _told(content).items():
+                record[name] = arrays[array]
+            records[number] = record
+        return records
+
+    def _order(self, content: bytes) -> list[slice]:
+        """Where an array's chunks lie, in its order."""
         children = get_object_children_ids_from_object_content(content)
-        orders[number] = [children[at] for at in _told(content)["arraychunk_ids"]]
-    left = Counter(chunk for order in orders.values() for chunk in order)
-    size = sum(times * len(chunks[chunk]) for chunk, times in left.items())
-    if limit is not None and size > limit:
-        raise DecodeError(f"it has {size} bytes, the limit is {limit}")
-    found: dict[str, Array] = {}
-    for number, order in orders.items():
-        whole, at = bytearray(sum(len(chunks[chunk]) for chunk in order)), 0
-        for name in order:
-            left[name] -= 1
-            chunk = chunks[name] if left[name] else chunks.pop(name)
-            whole[at : at + len(chunk)] = chunk
-            at += len(chunk)
-        info = _told(contents[number])
-        array = Array(str(info["dtype"]), tuple(map(int, info["shape"])), str(info["stype"]), b"")
-        array.__dict__["data"] = memoryview(whole).toreadonly()
-        found[number] = array
-    return found
+        return [self._chunks[children[at]] for at in _told(content)["arraychunk_ids"]]
+
+    def _bytes(self, order: list[slice]) -> memoryview:
+        """An array's bytes: not copied where its chunks came in its order."""
+        data = memoryview(self._data).toreadonly()
+        if order and all(one.stop == next_.start for one, next_ in itertools.pairwise(order)):
+            return data[order[0].start : order[-1].stop]
+        return memoryview(b"".join(data[part] for part in order))
+
+
+def _array(content: bytes, data: memoryview) -> Array:
+    info = _told(content)
+    array = Array(str(info["dtype"]), tuple(map(int, info["shape"])), str(info["stype"]), b"")
+    array.__dict__["data"] = data
+    return array
 
 
 def _told(content: bytes) -> dict[str, Any]:

@@ -35,8 +35,8 @@ from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fedkeel.core.errors import DecodeError, RunError
-from fedkeel.deploy import parts
 from fedkeel.deploy.calls import patient
+from fedkeel.deploy.parts import Parts
 
 App = Callable[[Message, Context], Message]
 """What answers a node's messages."""
@@ -148,7 +148,7 @@ def _message(
     if not pulled.message_object_trees:
         raise LookupError("the node has no message to its task")
     tree, node = pulled.message_object_trees[0], Node(node_id=context.node_id)
-    held: dict[str, bytes] = {}
+    held = Parts()
     rest, since = BACKOFF, time.monotonic()
     for part in iterate_object_tree(tree):
         while part.object_id not in held:
@@ -157,7 +157,7 @@ def _message(
             if not got.object_found:
                 raise LookupError("a part of the message is gone")
             if got.object_available:
-                held[part.object_id] = got.object_content
+                held.add(part.object_id, got.object_content)
                 rest, since = BACKOFF, time.monotonic()
                 continue
             time.sleep(rest)
@@ -170,7 +170,7 @@ def _message(
     confirm = ConfirmMessageReceivedRequest(node=node, run_id=context.run_id, message_object_id=identity)
     client.ConfirmMessageReceived(confirm)
     try:
-        message = parts.joined(identity, held)
+        message = held.joined(identity)
     except DecodeError as error:
         raise LookupError(f"the node's message: {error}") from None
     message.metadata.__dict__["_message_id"] = identity  # as Flower's own processes set it

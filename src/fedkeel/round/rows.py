@@ -13,6 +13,8 @@ from torch import Tensor
 
 _BLOCK = 2**18
 """Columns that are added at a time."""
+_KEPT = 2**22
+"""Columns of a row up to which its memory is used again, rather than let go of between two rows."""
 
 
 class RowStore:
@@ -93,7 +95,7 @@ class RowSum:
                 self._total[part].add_(row[part], alpha=weight)
                 if len(self.scaled):
                     self.scaled[part].add_(row[part], alpha=weight * factor)
-            self._spare = row
+            self._spare = row if self.columns <= _KEPT else None
         del self._waiting[:ready]
 
     def over(self, divisor: float) -> Tensor:
