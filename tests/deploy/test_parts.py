@@ -123,6 +123,21 @@ def test_the_store_keeps_large_parts_in_files_through_a_kill(tmp_path: Path) -> 
     assert found.get(sent.object_id) is None
     (found.folder / max(large)).write_bytes(b"cut off as power failed")
     assert found.get(max(large)) is None
+    assert max(large) in found.preregister(3, get_object_tree(other))  # whoever has it is asked for it
+    found.put(max(large), held[max(large)])
+    (found.folder / max(large)).write_bytes(b"")
+    assert max(large) in opened().preregister(3, get_object_tree(other))
+    for strange in ("../link.db", str(tmp_path / "link.db"), "..", ".", "a" * 300, "\0", ""):
+        found.delete(strange)
+        assert found.get(strange) is None
+        found._sweep()
+    assert (tmp_path / "link.db").exists()
+    with suppress(MemoryError), found.session():  # a transaction that does not come to its end
+        found.delete(other.object_id)
+        raise MemoryError
+    found._sweep()
+    assert files() == len(large)
+    found.delete_objects_in_run(3)
     found.delete_objects_in_run(1)
     found.delete_objects_in_run(2)
     assert files() == len(found) == 0
