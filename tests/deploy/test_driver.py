@@ -22,6 +22,7 @@ class Nodes:
 
     def __init__(self, here: Callable[[float], Sequence[str]], lose: Callable[[str, int, int], bool]) -> None:
         self.now, self.here, self.lose = 0.0, here, lose
+        self.probes, self.mute = 0, False
         self.given: list[tuple[float, str]] = []
         self.asked: dict[tuple[str, int], int] = {}
         self._coming: list[tuple[float, Arrived | Told | Echo]] = []
@@ -40,7 +41,9 @@ class Nodes:
                 self._coming.append((self.now + 1, Told(client, round, ({"loss": 1.0, "accuracy": 0.5}, 10))))
 
     def probe(self, client: str, number: int, seat: Seat) -> None:
-        self._coming.append((self.now + 0.5, Echo(client, number)))
+        self.probes += 1
+        if not self.mute:
+            self._coming.append((self.now + 0.5, Echo(client, number)))
 
     def forget(self, client: str, task: int) -> None:
         pass
@@ -85,3 +88,15 @@ def test_figures_that_were_lost_are_asked_for_again_and_no_others(tmp_path: Path
     assert told == {(f"client/{client}", round) for client in names for round in range(5)}
     assert nodes.now < 60  # nobody waited until patience was over
     assert torch.isfinite(run.state.theta).all()
+
+
+def test_who_never_tells_its_figures_holds_up_few_rounds_and_few_models(tmp_path: Path) -> None:
+    names = ("client-0", "client-1", "client-2")
+    nodes = Nodes(lambda now: names, lambda client, round, times: client == "client-2")
+    nodes.mute = True
+    run = driven(tmp_path / "run", nodes, 150)
+    told = {(row["scope"], row["round"]) for row in run.metrics if row["scope"].startswith("client/")}
+    assert told == {(f"client/{client}", round) for client in names[:2] for round in range(151)}
+    assert sum(times for (client, _), times in nodes.asked.items() if client == "client-2") <= 4
+    assert nodes.probes <= 12
+    assert nodes.now < 300

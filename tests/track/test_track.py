@@ -201,6 +201,20 @@ def test_again_writes_nothing_twice_and_goes_on(run, ledger, uri, tmp_path):
     assert sent.info.status == "FINISHED"
 
 
+def test_figures_that_come_hundreds_of_rounds_late_are_there_in_the_end(run, ledger, tmp_path):
+    for round in range(1, 301):
+        write(ledger, round)
+    board(tmp_path / "tb", run)
+    ledger.write_metrics(2, 2, {"accuracy": 0.75}, scope="clients")
+    board(tmp_path / "tb", run)
+    assert "clients/accuracy" not in scalars(tmp_path / "tb")
+    over(run)
+    board(tmp_path / "tb", run)
+    found = scalars(tmp_path / "tb")
+    assert [*found["clients/accuracy"]] == [2]
+    assert [*found["bytes/up"]] == list(range(1, 301))
+
+
 def test_figures_that_come_out_of_order(run, ledger, tmp_path):
     for round in range(1, 5):
         write(ledger, round, scopes=("global", "clients") if round != 2 else ("global",))

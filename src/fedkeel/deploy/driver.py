@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,10 @@ LOOK = 2.0
 """Seconds between two looks at who is there."""
 POLL = 0.2
 """Seconds between two looks for replies."""
+MOST_OWED, MOST_SURVEYS = 2, 4
+"""Rounds of which a client may owe its figures before it is asked for no more; rounds whose figures are waited for."""
+_DOUBLINGS = 8
+"""Of the time between two probes that have no answer."""
 
 
 class Seat(NamedTuple):
@@ -196,6 +200,7 @@ class Driver:
         self._at: dict[str, _Work] = {}
         self._number = 0
         self._quiet: dict[str, float] = {}
+        self._tries: dict[str, int] = {}
         self._looked = self._wake = -math.inf
         self._seconds: dict[str, float] = {}
         self._base = Base(self.server.theta, self.server.state.control)
@@ -252,6 +257,7 @@ class Driver:
 
     def _hear(self, arrived: Arrived | Told | Echo) -> bool:
         """Something has come from a node; True when the federation is over."""
+        self._tries.pop(arrived.client, None)
         if isinstance(arrived, Told):
             self._told(arrived)
             return False
@@ -285,8 +291,10 @@ class Driver:
             if not work.closed and self._fail(client, work.task, why):
                 return True
         for client in {*self._at, *(client for survey in self._surveys.values() for client in survey.waiting)}:
-            if self.now - self._quiet[client] >= self._probe:
+            tries = self._tries.get(client, 0)
+            if self.now - self._quiet[client] >= self._probe * 2 ** min(tries, _DOUBLINGS):
                 self._nodes.probe(client, self._next(client), self._seats[client])
+                self._tries[client] = tries + 1
         return False
 
     def _next(self, client: str) -> int:
@@ -358,8 +366,13 @@ class Driver:
             self._record.metrics(round, version, of_shared(self.federation, theta, []))
             return
         base = self._based() if self.server.theta is theta else Base(theta, {})  # the model, not its coded double
+        owing = Counter(client for survey in self._surveys.values() for client in survey.waiting)
         survey = self._surveys[round] = _Survey(round, version, base, self.now + self._present.patience)
-        self._ask(survey, sorted(self._seats))
+        self._ask(survey, sorted(client for client in self._seats if owing[client] < MOST_OWED))
+        for late in list(self._surveys.values())[:-MOST_SURVEYS]:  # each holds a model
+            late.waiting.clear()
+            self._settle(late)
+        self._settle(survey)
 
     def _ask(self, survey: _Survey, clients: Sequence[str]) -> None:
         """Ask clients who are there for their figures."""
@@ -380,7 +393,7 @@ class Driver:
 
     def _settle(self, survey: _Survey) -> None:
         """Write the figures down, once all have told theirs or will not."""
-        if survey.waiting:
+        if survey.waiting or survey.round not in self._surveys:
             return
         del self._surveys[survey.round]
         measured = {name: survey.measured[name] for name in self.federation.members if name in survey.measured}

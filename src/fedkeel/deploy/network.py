@@ -29,6 +29,8 @@ TTL = 30 * 86_400.0
 """Seconds that Flower keeps a message and its reply: deadlines are the coordinator's, and a late reply must arrive."""
 _AROUND = 64 * 1024
 """Bytes that Flower's records add to an envelope, at most."""
+_CHUNK, _FEW = 5_000_000, 50
+"""Bytes of a chunk, as Flower cuts arrays, and how many other parts a reply may have."""
 _SERVER = Node(node_id=SUPERLINK_NODE_ID)
 
 
@@ -67,6 +69,7 @@ class Network:
         self._agreed = agreed
         self._limit = limit + _AROUND
         self._waiting: dict[str, _To] = {}
+        self._most_parts = self._limit // _CHUNK + _FEW
         self._coming: list[_Coming] = []
         self._base: Base | None = None
         self._records: dict[int, ArrayRecord] = {}
@@ -89,6 +92,9 @@ class Network:
 
     def probe(self, client: str, number: int, seat: Seat) -> None:
         """Ask a node for a sign of life, after all that it was asked before."""
+        self._waiting = {
+            at: to for at, to in self._waiting.items() if (to.client, to.kind) != (client, MessageType.QUERY)
+        }
         message = Message(RecordDict(), seat.node, MessageType.QUERY, ttl=TTL)
         for given in self._grid.push_messages([message]):
             if given is not None:
@@ -102,7 +108,9 @@ class Network:
         def meant(to: _To) -> bool:
             return to.kind == kind and (to.client, to.task) in asked
 
-        self._waiting = {at: to for at, to in self._waiting.items() if not meant(to)}
+        for at in [at for at, to in self._waiting.items() if meant(to)]:
+            del self._waiting[at]
+            self._confirm(self._grid.run.run_id, at)
         for coming in [one for one in self._coming if meant(one.to)]:
             self._let_go(coming)
 
@@ -134,8 +142,9 @@ class Network:
             for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 told = self._waiting.pop(proto.metadata.reply_to_message_id, None)
                 if told is not None:
-                    parts = [part.object_id for part in iterate_object_tree(tree)]
-                    self._coming.append(_Coming(told, proto.metadata, list(dict.fromkeys(parts))))
+                    self._confirm(proto.metadata.run_id, proto.metadata.reply_to_message_id)
+                    parts = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
+                    self._coming.append(_Coming(told, proto.metadata, parts))
         # Replies to tasks before those to probes, which say that there are none.
         for coming in sorted(self._coming, key=lambda one: one.to.kind == MessageType.QUERY):
             if coming not in self._coming:
@@ -159,13 +168,18 @@ class Network:
     def _let_go(self, coming: _Coming) -> None:
         """Nothing more is asked of a reply; the SuperLink deletes what it has of it."""
         self._coming.remove(coming)
-        run, identity = coming.metadata.run_id, coming.metadata.message_id
-        confirm = ConfirmMessageReceivedRequest(node=_SERVER, run_id=run, message_object_id=identity)
+        self._confirm(coming.metadata.run_id, coming.metadata.message_id)
+
+    def _confirm(self, run: int, message: str) -> None:
+        """Nobody needs a message's parts any more: the SuperLink, which waits for that, deletes them."""
+        confirm = ConfirmMessageReceivedRequest(node=_SERVER, run_id=run, message_object_id=message)
         with suppress(httpx.HTTPError):
             self._runtime.ConfirmMessageReceived(confirm)
 
     def _fetch(self, coming: _Coming) -> bool:
         """Get what is there of a reply; True when that is all of it. The last part first: then most wait no longer."""
+        if len(coming.parts) > self._most_parts:
+            raise DecodeError(f"it has {len(coming.parts)} parts, the limit is {self._most_parts}")
         for part in [coming.parts[-1], *coming.parts[:-1]]:
             if part in coming.held:
                 continue

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -24,7 +25,7 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_N
 """Nothing is told to anybody, and one thread a worker."""
 _PR_SET_PDEATHSIG = 1
 _REST, _MOST_REST = 0.25, 8.0
-_MOST_FAILURES = 5
+_MOST_FAILURES = 10
 
 
 class Child(NamedTuple):
@@ -91,7 +92,8 @@ class Supervisor:
 
 
 def _say(text: str) -> None:
-    print(f"fedkeel: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    with suppress(OSError):  # the log's disk may be full
+        print(f"fedkeel: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:

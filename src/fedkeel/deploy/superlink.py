@@ -7,8 +7,10 @@ nodes, and starts runs whose code goes to all nodes) asks for no credential.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 _log = logging.getLogger("fedkeel")
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_SQLITE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 FLEET = "/v1/fleet/"
 MOST_BYTES = 16 * 2**20
 """Of a request from outside: Flower cuts messages into parts of five million bytes."""
@@ -144,12 +148,21 @@ def lasting(translate: _Translate) -> _Translate:
             try:
                 return await call_next(request)
             except (OSError, OperationalError) as error:
+                if not _passes(error):
+                    raise
                 _log.error("%s could not be carried out, for now: %s", request.url.path, error)
                 return Response(status_code=503)
 
         return await translate(request, called)
 
     return answer
+
+
+def _passes(error: OSError | OperationalError) -> bool:
+    """Whether it is for want of room, or of a lock."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE
 
 
 def _listener(app: _App, host: str, port: int, link: Link, lifespan: Any) -> uvicorn.Server:

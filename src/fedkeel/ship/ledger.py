@@ -60,6 +60,8 @@ class Ledger:
             self._db = self._connect()
             self._prepare()
         except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+                raise RunError(f"ledger {self.path} could not be opened: {error}; make room on its disk") from None
             raise InputError(f"{self.path} is no ledger of a run ({error}): name the directory of a run") from None
 
     def _connect(self) -> sqlite3.Connection:

@@ -90,8 +90,11 @@ def _look(path: Path, readers: Sequence[Reader]) -> Standing:
         target = reader.target
         if isinstance(target, MLflow):
             target.describe(now.facts)
-        while reader.step(now.status != "RUNNING"):
+        over = now.status != "RUNNING"
+        while reader.step(over):
             pass
+        if over:
+            reader.step(over)  # what came late, however late
         if isinstance(target, MLflow):
             target.stand(now.status, now.wall, path.parent)
     return now

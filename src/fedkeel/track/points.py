@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from fedkeel.dashboard.tally import END, LOST
 from fedkeel.ship.ledger import Ledger
 
-LATE = 100  # rounds after which no more figures of clients come in
+LATE = 100  # rounds for which figures of clients are looked for as the run goes on; all are once it is over
 _ROUNDS, _FEW = 500, 10  # rounds read at a step; with the figures of every client
 _STAGES = ("decode", "check", "screen", "weigh", "quarantine")  # where an update is refused
 _PLAIN = re.compile(r"\w[\w .-]*", re.ASCII)
@@ -67,7 +67,7 @@ class Reader:
                 self._counts = {}
             settled = max(walls, default=0) - (not over)
             last = min(settled, target.upto + (_FEW if self.clients else _ROUNDS))
-            found = self._late(ledger)
+            found = self._late(ledger, 0 if over and target.upto >= settled else target.upto - LATE)
             if last > target.upto:
                 _add(found, _rounds(ledger, target.upto + 1, last))
                 _add(found, self._metrics(ledger, 0 if target.upto == 0 else target.upto + 1, last))
@@ -81,10 +81,10 @@ class Reader:
                 raise
         return target.upto < settled
 
-    def _late(self, ledger: Ledger) -> Figures:
-        """Metrics of rounds that were written without them: clients may be asked for theirs for some rounds."""
+    def _late(self, ledger: Ledger, first: int) -> Figures:
+        """Metrics of rounds, from `first` on, that were written without them: clients may tell theirs late."""
         found: Figures = {}
-        first, last = max(self.target.upto - LATE, 0), self.target.upto
+        last = self.target.upto
         counted = f"SELECT round, count(*) FROM metrics WHERE round BETWEEN ? AND ? AND {self._wanted} GROUP BY round"
         for round, count in list(ledger.scan(counted, first, last)) if last else ():
             if self._counts.get(round) != count:
