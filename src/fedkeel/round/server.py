@@ -440,7 +440,8 @@ class Server:
                     seconds=admitted.seconds,
                 )
             )
-        left_out = [ClientRow(client, refusal) for client, refusal in self._left_out.items()]
+        used = {row.client for row in rows}  # under asynchrony, of a task that was given before the quarantine
+        left_out = [ClientRow(client, refusal) for client, refusal in self._left_out.items() if client not in used]
         return (*rows, *self._minutes.lines(), *left_out)
 
     def _next_buffer(self) -> None:
