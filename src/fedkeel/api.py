@@ -21,7 +21,7 @@ from fedkeel.sim.flight import Flight
 from fedkeel.sim.simulator import Simulator
 from fedkeel.train import Trainer
 from fedkeel.world.federation import Federation
-from fedkeel.world.record import Record, Watcher, described
+from fedkeel.world.record import Record, Watcher, begun, check_rules, described
 
 
 def reduce_files(
@@ -131,8 +131,7 @@ def run(job: Job, out: Path | str | None = None, *, watch: Watcher | None = None
     plugins.load(job.plugins)
     federation = Federation.of(job)
     with contextlib.closing(federation.trainer()) as trainer:
-        kept = job.model_copy(update={"plugins": tuple(f"plugins/{name}" for name in texts)})
-        directory = RunDir.create(out or _free(job.name), kept.to_toml(), texts)
+        directory = begun(Path(out or _free(job.name)), job, texts)
         state = ServerState(federation.theta())
         with directory.lock(), directory.ledger() as ledger:
             ledger.write_meta(described(federation, trainer.name, directory.job.read_text()))
@@ -156,10 +155,7 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
         text = directory.job.read_text()
         if ledger.meta.get("settings", text) != text:
             raise InputError(f"'{directory.job}' was changed since the run began: restore it, or begin a new run")
-        if (before := ledger.meta.get("plan")) not in (None, [list(step) for step in federation.plan.steps]):
-            raise InputError(
-                f"'{directory.path}' was begun with other rules ({before}): go on with the fedkeel that began it"
-            )
+        check_rules(directory, ledger, federation.plan, "go on with the fedkeel that began it")
         with contextlib.closing(federation.trainer(backend)) as trainer:
             newest = checkpoint.latest(directory.checkpoints)
             if newest is None:

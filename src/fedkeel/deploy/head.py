@@ -9,7 +9,6 @@ from flwr.superlink.grid import HttpGrid
 
 from fedkeel import plugins
 from fedkeel.config import Job
-from fedkeel.core.errors import InputError
 from fedkeel.core.types import ServerState
 from fedkeel.deploy import loaders, messages
 from fedkeel.deploy.driver import Driver
@@ -21,7 +20,7 @@ from fedkeel.ship import checkpoint
 from fedkeel.ship.rundir import RunDir
 from fedkeel.world.evaluation import figure_names
 from fedkeel.world.federation import Federation
-from fedkeel.world.record import Record, described
+from fedkeel.world.record import Record, begun, check_rules, described
 
 BACKEND = "on the nodes"
 
@@ -34,7 +33,7 @@ def preside(folder: ServerFolder, grid: HttpGrid) -> None:
     limit = wire.PREFIX.size + wire.MAX_HEADER + wire.zstd_bound(_most(federation))
     with directory.lock(), directory.ledger() as ledger:
         newest = checkpoint.latest(directory.checkpoints)
-        state, now = _begun(federation, newest)
+        state, now = _standing(federation, newest)
         ledger.rewind(state.round)
         ledger.write_meta(described(federation, BACKEND, directory.job.read_text()))
         ledger.write_clients(federation.devices.of)
@@ -53,7 +52,7 @@ def preside(folder: ServerFolder, grid: HttpGrid) -> None:
     write(directory.report, [directory.path])
 
 
-def _begun(federation: Federation, newest: Path | None) -> tuple[ServerState, float]:
+def _standing(federation: Federation, newest: Path | None) -> tuple[ServerState, float]:
     """The state to go on from, and how many seconds of the federation are over."""
     if newest is None:
         return ServerState(federation.theta()), 0.0
@@ -71,14 +70,10 @@ def _most(federation: Federation) -> int:
 def opened(path: Path, job: Job, plan: Plan) -> RunDir:
     """The run's directory; made where there is none. Raises `InputError` where it was begun with other rules."""
     if not (path / "job.toml").is_file():
-        texts = plugins.read(job.plugins)
-        kept = job.model_copy(update={"plugins": tuple(f"plugins/{name}" for name in texts)})
-        return RunDir.create(path, kept.to_toml(), texts)
+        return begun(path, job, plugins.read(job.plugins))
     directory = RunDir(path)
     if not directory.ledger_path.is_file():  # it was killed in its first moment
         return directory
     with directory.ledger(readonly=True) as ledger:
-        before = ledger.meta.get("plan")
-    if before not in (None, [list(step) for step in plan.steps]):
-        raise InputError(f"'{directory.path}' was begun with other rules ({before}): move it away to begin anew")
+        check_rules(directory, ledger, plan, "move it away to begin anew")
     return directory

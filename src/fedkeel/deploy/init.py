@@ -16,6 +16,7 @@ from fedkeel.deploy import control, keys
 from fedkeel.deploy.folder import NodeFile, Peer, ServerFile, to_toml
 from fedkeel.ship import files
 from fedkeel.world.federation import Federation
+from fedkeel.world.record import kept
 
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 _CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -161,8 +162,7 @@ def _host(place: Path, job: Job, texts: dict[str, str], authority: keys.Authorit
     for name, text in texts.items():
         (place / "plugins").mkdir(exist_ok=True)
         files.write_text(place / "plugins" / name, text)
-    kept = job.model_copy(update={"plugins": tuple(f"plugins/{name}" for name in texts)})
-    files.write_text(place / "job.toml", kept.to_toml())
+    files.write_text(place / "job.toml", kept(job, texts).to_toml())
     (place / "ca.crt").write_bytes(authority.certificate)
     keys.write_private(place / "secret", keys.secret())
     return place

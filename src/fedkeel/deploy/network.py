@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import httpx
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata, PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest
@@ -29,8 +29,8 @@ TTL = 30 * 86_400.0
 """Seconds that Flower keeps a message and its reply: deadlines are the coordinator's, and a late reply must arrive."""
 _AROUND = 64 * 1024
 """Bytes that Flower's records add to an envelope, at most."""
-_CHUNK, _FEW = 5_000_000, 50
-"""Bytes of a chunk, as Flower cuts arrays, and how many other parts a reply may have."""
+_FEW = 50
+"""Parts that a reply may have beside the chunks that Flower cuts its array into."""
 _SERVER = Node(node_id=SUPERLINK_NODE_ID)
 
 
@@ -69,7 +69,7 @@ class Network:
         self._agreed = agreed
         self._limit = limit + _AROUND
         self._waiting: dict[str, _To] = {}
-        self._most_parts = self._limit // _CHUNK + _FEW
+        self._most_parts = self._limit // FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + _FEW
         self._coming: list[_Coming] = []
         self._base: Base | None = None
         self._records: dict[int, ArrayRecord] = {}

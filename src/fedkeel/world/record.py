@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fedkeel.config import Job
+from fedkeel.core.errors import InputError
 from fedkeel.core.types import LOST, ClientMemory, RoundReport, ServerState
+from fedkeel.round.plan import Plan
 from fedkeel.ship import card, checkpoint
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
@@ -92,6 +95,22 @@ class Record:
             rounds=state.round,
             recipe=repr(self.federation.plan),
         )
+
+
+def kept(job: Job, texts: Mapping[str, str]) -> Job:
+    """The job as it is written down beside copies of its plugins, name -> text."""
+    return job.model_copy(update={"plugins": tuple(f"plugins/{name}" for name in texts)})
+
+
+def begun(path: Path, job: Job, texts: Mapping[str, str]) -> RunDir:
+    """The directory of a new run, which keeps its job and its plugins."""
+    return RunDir.create(path, kept(job, texts).to_toml(), texts)
+
+
+def check_rules(directory: RunDir, ledger: Ledger, plan: Plan, remedy: str) -> None:
+    """Raises `InputError` where a run was begun with other rules than the plan's."""
+    if (before := ledger.meta.get("plan")) not in (None, [list(step) for step in plan.steps]):
+        raise InputError(f"'{directory.path}' was begun with other rules ({before}): {remedy}")
 
 
 def described(federation: Federation, backend: str, settings: str) -> dict[str, Any]:
