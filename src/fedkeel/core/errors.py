@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FedkeelError(Exception):
@@ -37,3 +38,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(names)}" if names else "none is registered; a plugin could"
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Imports inside need `pip install "fedkeel[extra]"`: raises `InputError` saying so for `what`."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f'{what} needs {error.name}: pip install "fedkeel[{extra}]"') from None

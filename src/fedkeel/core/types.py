@@ -98,6 +98,39 @@ class Codec:
     exact: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """Where Gaussian noise enters a round, and how much of it.
+
+    Updates are scaled down to `norm` (L2, over the parameter columns), `noise` is its standard deviation in units of
+    that norm; None: as much as the job's budget asks for. `place`: on the client's own update ("client"), on the sum of
+    the round's ("server"), or on the sum of a batch's gradients, which are scaled down instead ("step"). `bands`: the
+    noise of so many rounds in a row cancels in part. `quantile`: the norm moves, by `rate`, to where it scales down all
+    but that share of the updates.
+    """
+
+    place: Literal["client", "server", "step"]
+    norm: float
+    noise: float | None
+    bands: int = 1
+    quantile: float | None = None
+    rate: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleNoise:
+    """What a step of DP-SGD does to its examples' gradients (Abadi et al. 2016, algorithm 1).
+
+    Each gradient is scaled down to `norm` (L2, over all trainable columns), Gaussian noise of standard deviation
+    noise * norm is added to each column of their sum, and that is divided by the expected number of examples. They are
+    drawn by Poisson's sampling. `reproducible`: what is drawn comes from the task's key, so that nothing is private.
+    """
+
+    norm: float
+    noise: float
+    reproducible: bool = False
+
+
 class View(NamedTuple):
     """What a scheduler sees of the buffer that is open: counts of clients, and the clock in seconds.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.registry import Rule, build, definition, require_once
-from fedkeel.core.types import Closed
+from fedkeel.core.types import Closed, ExampleNoise
 
 _MEASURED_STEPS = 20_000  # of a response
 _MOST_STEPS = 10**12  # that a claim counts for
@@ -25,6 +25,7 @@ class LocalWork:
     steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example;
     `objective` makes of the batch's what is descended, whose mean it is. `private_first` says how many steps train the
     private layers alone before; the steps proper then leave them as they are. `rate` changes lr over the `rounds`.
+    `example_noise` makes of each step one of DP-SGD.
     """
 
     batch_size: int
@@ -37,6 +38,7 @@ class LocalWork:
     private_first: Rule | None = None
     rate: Rule = field(default_factory=lambda: build("rate", "constant"))
     rounds: int = 1
+    example_noise: ExampleNoise | None = None
     _known: _Response = field(default_factory=lambda: _Response(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
