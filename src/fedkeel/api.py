@@ -21,7 +21,7 @@ from fedkeel.sim.flight import Flight
 from fedkeel.sim.simulator import Simulator
 from fedkeel.train import Trainer
 from fedkeel.world.federation import Federation
-from fedkeel.world.record import Record, Watcher, begun, check_rules, described
+from fedkeel.world.record import Record, Watcher, begun, check_rules, described, rewound
 
 
 def reduce_files(
@@ -165,7 +165,7 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
                 now, flight = extra["time"], Flight.restored(extra["flight"], attached)
             if len(ledger.rounds()) < state.round:
                 raise InputError(f"ledger '{directory.ledger_path}' lacks rounds before {state.round}: restore it")
-            ledger.rewind(state.round)
+            state = rewound(ledger, state)
             ledger.write_meta(described(federation, trainer.name, text))
             _simulate(directory, ledger, federation, trainer, state, memory, watch, now, flight)
     return _finished(directory, with_report)

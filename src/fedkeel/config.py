@@ -173,6 +173,27 @@ class Quarantine(Section):
     )
 
 
+class Privacy(Section):
+    """What noise hides, and how much of it a run may spend."""
+
+    mechanism: str | None = Field(None, description="`fedkeel rules mechanism`; nothing is hidden when left out")
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="budget: the noise is solved for it where the mechanism says none, and the run ends within it"
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-5, description="probability that epsilon does not bound; well below one over the number of those hidden"
+    )
+    uses: Positive | None = Field(
+        None, description="rounds that a client takes part in at most, where each client's rounds are what is counted"
+    )
+    accountant: Literal["pld", "rdp"] = Field(
+        "pld", description="how Poisson sampling is counted: privacy loss distributions, or Renyi divergences"
+    )
+    insecure_reproducible_noise: bool = Field(
+        False, description="draw noise and samples from the run's seed: for tests alone, as it hides nothing"
+    )
+
+
 class Server(Section):
     """How the model moves along the aggregate."""
 
@@ -231,6 +252,7 @@ class Job(Section):
     client: Client = Client()
     aggregate: Aggregate = Aggregate()
     quarantine: Quarantine = Quarantine()
+    privacy: Privacy = Privacy()
     server: Server = Server()
     attack: Attack = Attack()
     record: Record = Record()
@@ -263,6 +285,10 @@ class Job(Section):
             raise InputError(
                 f"server.zstd = {self.server.zstd} packs the steps of server.codec, and there are none: name a codec"
             )
+        if self.privacy.mechanism is None and self.privacy != Privacy():
+            raise InputError("privacy says how much is hidden, but not by what: name privacy.mechanism, as 'central'")
+        if self.data.pooled and self.privacy.mechanism is not None:
+            raise InputError("data.pooled leaves no clients to hide: leave out privacy.mechanism")
         if self.data.pooled and self.devices != Devices():
             raise InputError("data.pooled trains in one place: leave out devices")
         if self.data.pooled and self.attack.clients:

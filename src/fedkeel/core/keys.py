@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,11 @@ class Key:
     def root(cls, seed: int) -> Key:
         """The key of a run, from its seed."""
         return cls(0).fold("fedkeel", seed)
+
+    @classmethod
+    def secret(cls) -> Key:
+        """A key that nobody knows, of the operating system's generator."""
+        return cls(int.from_bytes(os.urandom(8), "little"))
 
     def fold(self, *parts: int | str) -> Key:
         """The key of a part: fold(a, b) is fold(a).fold(b), and 1 differs from "1"."""

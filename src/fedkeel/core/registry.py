@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "reducer": ("(U, w) -> (P,)", "fedkeel.rules.reduce"),
     "contribution": ("(cohort, w, state) -> (n,)", "fedkeel.rules.contribution"),
     "server_optimiser": ("(theta, d, s, share) -> (theta, s)", "fedkeel.rules.server_opt"),
+    "mechanism": ("() -> Mechanism", "fedkeel.rules.mechanism"),
     "attack": ("(U, bad, keys) -> rows (f, P), with trait rows; or on claims, data", "fedkeel.rules.attack"),
     "scheduler": ("(view) -> decision", "fedkeel.rules.schedule"),
     "availability": ("(names, key) -> Availability", "fedkeel.world.availability"),

@@ -359,7 +359,8 @@ class RoundReport:
 
     `skipped` says why the model was kept, if it was.
     `time` is the federation's clock (virtual in the simulator) at close, in seconds; `seconds` the wall time by part.
-    `bytes_down` is what was sent since the round before closed, to whomever.
+    `bytes_down` is what was sent since the round before closed, to whomever. `epsilon` is the privacy spent by all
+    rounds so far, `charge` what this one cost: events by their text, and each client's rounds.
     """
 
     round: int
@@ -371,6 +372,7 @@ class RoundReport:
     bytes_down: int = 0
     epsilon: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    charge: Mapping[str, Mapping[str, int]] | None = None
 
     @property
     def refused(self) -> dict[str, Refusal]:

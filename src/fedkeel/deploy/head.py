@@ -20,7 +20,7 @@ from fedkeel.ship import checkpoint
 from fedkeel.ship.rundir import RunDir
 from fedkeel.world.evaluation import figure_names
 from fedkeel.world.federation import Federation
-from fedkeel.world.record import Record, begun, check_rules, described
+from fedkeel.world.record import Record, begun, check_rules, described, rewound
 
 BACKEND = "on the nodes"
 
@@ -34,7 +34,7 @@ def preside(folder: ServerFolder, grid: HttpGrid) -> None:
     with directory.lock(), directory.ledger() as ledger:
         newest = checkpoint.latest(directory.checkpoints)
         state, now = _standing(federation, newest)
-        ledger.rewind(state.round)
+        state = rewound(ledger, state)
         ledger.write_meta(described(federation, BACKEND, directory.job.read_text()))
         ledger.write_clients(federation.devices.of)
         record = Record(directory, ledger, federation, None)

@@ -14,6 +14,8 @@ from fedkeel.core.types import ClientMemory
 from fedkeel.deploy import loaders, messages
 from fedkeel.deploy.folder import NodeFolder
 from fedkeel.round import wire
+from fedkeel.round.controls import first_control
+from fedkeel.round.protect import USES
 from fedkeel.ship import tensors
 from fedkeel.world.clients import Base, Clients
 from fedkeel.world.evaluation import asked_of_clients, own
@@ -31,6 +33,7 @@ class Node:
         self._client = folder.settings.client
         self.federation = loaders.at_node(folder)
         self._agreed = messages.agreement(self.federation)
+        self._expected = first_control(self.federation.plan, self.federation.layout).keys()
         self._task, self._before = -1, dict[str, Tensor]()
         self._memory = self._recalled()
         self._tuner = self.federation.tuner()
@@ -66,9 +69,9 @@ class Node:
             return f"it is an order for '{order.train.client[:64]}', this is '{self._client}'"
         if found := messages.differing(self._agreed, order.agreement):
             return f"{found}: bring both to the same job and version"
-        expected = {rule.name for rule in self.federation.plan.corrections if rule.hook("control")}
+        expected = self._expected
         if order.control.keys() != expected:
-            return f"its corrections need {sorted(expected)}, it was sent {sorted(order.control)}"
+            return f"its work needs {sorted(expected)}, it was sent {sorted(order.control)}"
         return None
 
     def _base(self, order: messages.Order) -> Base:
@@ -103,8 +106,10 @@ class Node:
     def _begin(self, task: int) -> None:
         """Remember what there was before the task; before it once more, where a server went back to its checkpoint."""
         if task <= self._task:
-            self._memory.forget(self._client, list(self._memory.of(self._client)))
-            self._memory.keep(self._client, self._before)
+            held = self._memory.of(self._client)
+            left = {USES: held[USES]} if USES in held else {}  # what has left has left
+            self._memory.forget(self._client, list(held))
+            self._memory.keep(self._client, {**self._before, **left})
         self._before, self._task = dict(self._memory.of(self._client)), task
 
     def _measure(self, order: messages.Order) -> tuple[dict[str, float], int]:

@@ -96,12 +96,12 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
     scale = scale_of(weights, absolute)
     direction = direction if scale == 1 else direction * scale
     norm = math.sqrt(distance.sq_norm(direction))
-    cosines = _cosines(cohort, direction, norm)
+    alike = cosines(cohort, direction, norm)
     return Outcome(
         direction,
         norm,
         dict(zip(rows, shares.tolist(), strict=True)),
-        dict(zip(rows, cosines, strict=True)),
+        dict(zip(rows, alike, strict=True)),
         trust,
         memory,
         Used(cohort, weights, rows),
@@ -185,7 +185,8 @@ def _compacted(cohort: Cohort, rows: list[int]) -> Cohort:
     )
 
 
-def _cosines(cohort: Cohort, direction: Tensor, norm: float) -> list[float]:
+def cosines(cohort: Cohort, direction: Tensor, norm: float) -> list[float]:
+    """Of each row with a direction (P,) of this norm; 0 where one of them is 0."""
     along = (cohort.U @ direction).double()
     lengths = cohort.norm * norm
     return torch.where(lengths > 0, along / lengths.clamp_min(1e-300), 0.0).clamp(-1, 1).tolist()

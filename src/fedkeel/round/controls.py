@@ -14,16 +14,19 @@ from fedkeel.core.registry import Rule
 from fedkeel.core.types import Closed
 from fedkeel.kernels import distance
 from fedkeel.round.plan import Plan
+from fedkeel.round.privacy import NORM
 
 
 def first_control(plan: Plan, layout: Layout) -> dict[str, Tensor]:
-    """What corrections send in the first round: zero vectors (P,), and dials as they say."""
+    """What is sent in the first round: corrections' zero vectors (P,), dials as they say, and a norm that moves."""
     found = {}
     for rule in plan.corrections:
         if "dial" in rule.definition.traits:
             found[rule.name] = rule.init()
         elif "control" in rule.definition.traits:
             found[rule.name] = torch.zeros(layout.columns)
+    if plan.privacy is not None and plan.privacy.mechanism.quantile is not None:
+        found[NORM] = torch.tensor([plan.privacy.mechanism.norm])
     return found
 
 

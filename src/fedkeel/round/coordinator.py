@@ -139,6 +139,8 @@ class Coordinator:
         self._started = self._lost = 0
         self._began = now
         self._over = False
+        self._nobody = False  # was drawn, where each client is drawn by itself
+        self._spent = server.account is not None and server.account.spent(self.roster.names)
 
     def start(self, now: float) -> list[Command]:
         """The first commands; on a resumed server, those of the round it stands at."""
@@ -202,6 +204,9 @@ class Coordinator:
             if self.server.state.round >= self.rounds:
                 self._over = True
                 return [*commands, Done(f"{self.rounds} rounds are done")]
+            if self._spent:
+                self._over = True
+                return [*commands, Done("the privacy budget is spent")]
             if now >= self._until and not more:
                 self._over = True
                 # What has come of a round is who is fast: no model moves by that.
@@ -209,7 +214,7 @@ class Coordinator:
                 return [*commands, *self._close(now, f"{why}, and the round was open", last=True), Done(why)]
             decision = self.plan.schedule(self._view(now, more))
             if decision.close:
-                commands += self._close(now, decision.skip)
+                commands += self._close(now, self._why(decision.skip))
             elif more:
                 return commands
             elif decision.start:
@@ -217,10 +222,13 @@ class Coordinator:
                 commands += given
                 if given:
                     continue
+                if self._nobody:
+                    commands += self._close(now, None)
+                    continue
                 change = self._change(now)
                 if not self._in_flight and (self.server.received or not math.isfinite(change)):
                     short = None if self.server.received else "no client is free, and none will be"
-                    commands += self._close(now, short)
+                    commands += self._close(now, self._why(short))
                     continue
                 wake = min(change, self._until)
                 return [*commands, Wait(wake)] if math.isfinite(wake) else commands
@@ -247,6 +255,10 @@ class Coordinator:
             free &= here
         for client in self.server.shut_out(self.roster.names):
             free[self.roster.index[client]] = False
+        if (account := self.server.account) is not None:
+            rest, last = account.privacy.mechanism.bands, self.roster.last
+            free &= (last == 0) | (self.server.state.round + 1 - last >= rest)
+            free[[self.roster.index[client] for client in account.used_up]] = False
         return np.flatnonzero(free)
 
     def _give(self, count: int, deadline: float | None, now: float) -> list[Command]:
@@ -256,7 +268,12 @@ class Coordinator:
         state = self.server.state
         number = state.round + 1
         commands: list[Command] = []
-        for place in self._chosen(free, min(count, len(free)), number):
+        drawn = "poisson" in self.plan.select.definition.traits
+        chosen = self._chosen(free, count if drawn else min(count, len(free)), number)
+        self._nobody = drawn and not chosen
+        if self.server.account is not None:
+            self.server.account.sampled(len(free), len(chosen))
+        for place in chosen:
             client = self.roster.names[place]
             have = int(self.roster.version[place])
             task = self.server.give(client, now, have)
@@ -278,12 +295,15 @@ class Coordinator:
         if not count:
             return first
         key = self._key.fold("select", number, self._started)
+        if self.plan.privacy is not None and self.plan.privacy.secret is None:
+            key = Key.secret()  # what a draw hides it hides from those who do not know it
         chosen = np.asarray(self.plan.select(Candidates(self.roster, free), count, number, key))
-        known = chosen.dtype.kind in "iu" and chosen.ndim == 1 and 0 < len(chosen) <= count
-        if not known or len(np.unique(chosen)) < len(chosen) or chosen.min() < 0 or chosen.max() >= len(free):
+        at_most, at_least = (len(free), 0) if "poisson" in self.plan.select.definition.traits else (count, 1)
+        known = chosen.dtype.kind in "iu" and chosen.ndim == 1 and at_least <= len(chosen) <= at_most
+        if not known or len(np.unique(chosen)) < len(chosen) or not bool(((chosen >= 0) & (chosen < len(free))).all()):
             raise RunError(
                 f"selector '{self.plan.select!r}' chose {chosen.tolist()[:5]}: it must choose positions of free "
-                f"clients, once each, {count} at most"
+                f"clients, once each, {at_most} at most"
             )
         return [*first, *free[chosen].tolist()]
 
@@ -296,8 +316,15 @@ class Coordinator:
                 known = float(roster.factor[place]), row.cosine, float(roster.before[place]), float(roster.loss[place])
                 roster.factor[place] = min(max(float(rule(*known)), 1 / MOST_STRETCH), MOST_STRETCH)
 
+    def _why(self, short: str | None) -> str | None:
+        """Why a round is skipped. With noise on sums the sum of nobody is released too: no skip tells who was there."""
+        return None if self.plan.noised else short
+
     def _close(self, now: float, skip: str | None, *, last: bool = False) -> list[Command]:
-        last = last or self.server.state.round + 1 >= self.rounds
+        if (account := self.server.account) is not None:
+            account.count()
+            self._spent = account.spent(self.roster.names)
+        last = last or self._spent or self.server.state.round + 1 >= self.rounds
         given_up: list[Command] = []
         if last or self.plan.max_staleness == 0:  # nothing that comes later could be used
             for client, order in list(self._in_flight.items()):
@@ -312,6 +339,7 @@ class Coordinator:
         self._earlier = set(self._in_flight)
         self._started = self._lost = 0
         self._began = now
+        self._nobody = False
         done = self.server.state.round
         commands = given_up
         if last or done % self._evaluate_every == 0:

@@ -15,6 +15,7 @@ from fedkeel.core.types import Claims, ClientMemory
 from fedkeel.kernels import distance
 from fedkeel.round import wire
 from fedkeel.round.plan import Plan
+from fedkeel.round.protect import protect
 
 _draw = random.SystemRandom()
 CORRECTION = "correction/"
@@ -151,9 +152,10 @@ def prepare(
     control: Mapping[str, Tensor] | None = None,
     round: int = 1,
 ) -> list[bytes]:
-    """Row transforms, error feedback, codec, envelope for rows (n, P) of the clients that `claims` name.
+    """Row transforms, privacy, error feedback, codec, envelope for rows (n, P) of the clients that `claims` name.
 
     `control` is what the server sent to the corrections with the model, `round` the round that it was sent in.
     """
     rows = transform(rows, keys, [c.client for c in claims], memory, plan, layout)
+    rows, claims = protect(rows, keys, claims, memory, plan, control or {})
     return send(rows, keys, claims, memory, plan, layout, control, round)

@@ -8,6 +8,7 @@ from functools import cached_property
 from fedkeel.core.errors import InputError
 from fedkeel.core.registry import Rule, require_once
 from fedkeel.core.work import LocalWork
+from fedkeel.round.privacy import Privacy
 from fedkeel.round.quarantine import Quarantine
 
 STREAM_ABOVE = 256 * 2**20
@@ -20,7 +21,8 @@ class Plan:
 
     `cohort` clients are selected a round. Clients that tell their label shares tell those of `label_classes` classes;
     0: what they tell is ignored. `work` is what clients do, where the server needs to know; `population` how many there
-    are in all, at least the cohort. `down` codes the model's way down; None: it is sent in full. The constructor
+    are in all, at least the cohort. `down` codes the model's way down; None: it is sent in full. `privacy` is what
+    `promise.promised` made of a mechanism. The constructor
     refuses combinations that can never close a round.
     """
 
@@ -46,6 +48,7 @@ class Plan:
     error_feedback: bool = False
     down: Rule | None = None
     down_zstd: int = 0
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         if self.cohort < 1:
@@ -84,6 +87,11 @@ class Plan:
     def looks_back(self) -> bool:
         """Whether a rule asks how far the model has gone since a client began."""
         return any("looks_back" in mixer.definition.traits for mixer in self.mixers)
+
+    @property
+    def noised(self) -> bool:
+        """Whether the server adds noise to a sum: then every round is released, whoever took part."""
+        return self.privacy is not None and self.privacy.central
 
     @property
     def remembers(self) -> bool:
@@ -189,6 +197,7 @@ class Plan:
             ("train", (self.work.optimiser, *self.corrections) if self.work and self.corrections else ()),
             ("interval", (self.interval,) if self.interval else ()),
             ("transform", self.transforms),
+            ("hide", (self.privacy,) if self.privacy else ()),
             ("encode", (codec,)),
             ("check", self.checks),
             ("quarantine", (self.quarantine,) if self.quarantine else ()),

@@ -33,15 +33,17 @@ from fedkeel.core.types import (
 from fedkeel.core.work import LocalWork
 from fedkeel.kernels import distance
 from fedkeel.round import wire
-from fedkeel.round.aggregate import Outcome, aggregate, per_step_, reduced, scale_of, sum_of
+from fedkeel.round.aggregate import Outcome, Used, aggregate, cosines, per_step_, reduced, scale_of, sum_of
 from fedkeel.round.controls import first_control, next_control
 from fedkeel.round.downlink import Downlink
 from fedkeel.round.minutes import Minutes, described
 from fedkeel.round.plan import Plan
+from fedkeel.round.privacy import NORM, Account, Noiser
 from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
 
 _log = logging.getLogger("fedkeel")
+_PRIVACY = "privacy"
 
 
 @dataclass(slots=True)
@@ -74,6 +76,9 @@ class Server:
         self.layout = layout
         opt = state.opt or plan.optimiser.init(state.theta[layout.params])
         self.state = state.replace(opt=opt, control=state.control or first_control(plan, layout))
+        self.account = Account(plan.privacy, state.privacy) if plan.privacy else None
+        """What is spent of privacy, where the plan promises any."""
+        self._noiser = Noiser(plan.privacy, state.kept.get(_PRIVACY, {})) if plan.privacy and plan.noised else None
         self._codec_name, self._codec = wire.built(plan.codec, layout)
         self._header_checks = [c for c in plan.checks if "header" in c.definition.traits]
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
@@ -103,7 +108,9 @@ class Server:
         trust = {"last_payload": dict(self._last_payload), "offences": self._book.to_json()}
         trust = {**self.state.trust, **trust}
         out, bases = tuple(self._given.values()), dict(self._bases)
-        return self.state.replace(trust=trust, in_flight=out, bases=bases, downlink=self._downlink.state())
+        privacy = {**self.state.privacy, **(self.account.state() if self.account else {})}
+        down = self._downlink.state()
+        return self.state.replace(trust=trust, privacy=privacy, in_flight=out, bases=bases, downlink=down)
 
     @property
     def theta(self) -> Tensor:
@@ -138,6 +145,8 @@ class Server:
         self._given[client] = InFlight(client, task, state.round + 1, state.version, now, sent)
         self._outstanding[client] = task
         self._sent += sent
+        if self.account is not None:
+            self.account.give(client)
         if self.plan.looks_back:
             self._bases[state.version] = self.theta
         return task
@@ -252,15 +261,20 @@ class Server:
         self._answered.add(task)
         admitted = _Admitted(task, update, self.state.version - update.claims.base_version)
         admitted.seconds, admitted.bytes_down = now - order.since, order.bytes_down
-        if self._streams:
+        if self._streams or self._noiser:
             assert update.delta is not None
             alone = self._cohort(update.delta[None], [admitted])
             given = [(rule, float(rule(alone, self.state)[0])) for rule in self.plan.weighers]
             admitted.weight = math.prod(weight for _, weight in given)
             admitted.absolute = math.prod(weight for rule, weight in given if "absolute" in rule.definition.traits)
+        if self._noiser:
+            assert update.delta is not None
+            most = math.prod(hook() for rule, _ in given if (hook := rule.hook("most")))
+            self._noiser.add(update.delta, admitted.weight / most, update.claims)
+        elif self._streams:
             tau = float(alone.tau[0]) if self._by_steps and admitted.weight else 1.0
             self._sum.admit(task, admitted.weight, -1 / (tau * self._lr) if tau else math.nan)
-        else:
+        if not self._streams:
             self._store.admit(task)
         self._admitted.append(admitted)
         self._fold()
@@ -293,6 +307,8 @@ class Server:
                 self.state = before
             else:
                 self._downlink.publish(self.state.theta, self._key.fold("downlink", self.state.version))
+        if self.account is not None:
+            self.account.count()
         report = RoundReport(
             self.state.round + 1,
             self.state.version,
@@ -301,6 +317,8 @@ class Server:
             skip,
             0.0 if skip else outcome.norm,
             self._sent,
+            self.account.epsilon if self.account else None,
+            charge=self.account.cost if self.account else None,
         )
         self._book.close(report.round, report.clients, self._ended)
         self._next_buffer()
@@ -324,6 +342,8 @@ class Server:
 
     def _reduce(self, refused: dict[int, Refusal]) -> Outcome:
         """The aggregate of the admitted rows; who is refused on the way goes into `refused`, by position."""
+        if self._noiser:
+            return self._release(self._noiser)
         if not self._admitted:
             raise CohortError("no update was admitted")
         if not self._streams:
@@ -334,6 +354,19 @@ class Server:
         direction = self._sum.over(total / scale)
         shares = dict(enumerate((weights / total).tolist()))
         return Outcome(direction, math.sqrt(distance.sq_norm(direction)), shares, scale=scale)
+
+    def _release(self, noiser: Noiser) -> Outcome:
+        """The noised sum, also of no updates at all; what the ledger says of each row is not released."""
+        direction, kept = noiser.release(self.layout.columns, self.plan.rows)
+        norm, weights = math.sqrt(distance.sq_norm(direction)), _float64(a.weight for a in self._admitted)
+        shares = (weights / weights.sum()).nan_to_num().tolist()
+        found, used = {}, None
+        if self._admitted and not self._streams:
+            cohort = self._cohort(self._store.in_order(), self._admitted)
+            used = Used(cohort, weights, list(range(len(cohort))))
+            found = dict(enumerate(cosines(cohort, direction, norm)))
+        memory = {**self.state.kept, _PRIVACY: kept}
+        return Outcome(direction, norm, dict(enumerate(shares)), found, kept=memory, used=used)
 
     def _cohort(self, U: Tensor, admitted: Sequence[_Admitted]) -> Cohort:
         claims = [a.update.claims for a in admitted]
@@ -371,6 +404,9 @@ class Server:
         if not math.isfinite(distance.sq_norm(theta)):
             raise CohortError("the aggregate is not finite")
         self.state = state.replace(theta=theta, opt=opt, kept=outcome.kept, version=state.version + 1)
+        if self._noiser and NORM in state.control:
+            norm = torch.tensor([self._noiser.norm])
+            self.state = self.state.replace(control={**state.control, NORM: norm})
 
     @property
     def _work(self) -> LocalWork | None:
@@ -382,7 +418,9 @@ class Server:
         return self._work.lr if self._work else 1.0
 
     def _share(self, outcome: Outcome) -> float:
-        """Of all clients, those whose updates were used."""
+        """Of all clients, those whose updates were used; as planned, where that is not to be told."""
+        if self._noiser:
+            return self.plan.rows / max(self.plan.population, self.plan.rows)
         used = sum(weight > 0 for weight in outcome.weights.values())
         return min(1.0, used / max(self.plan.population, self.plan.cohort))
 
@@ -452,6 +490,10 @@ class Server:
         self._left_out = {}
         self._ended.clear()
         self._sent = 0
+        if self._noiser:
+            self._noiser.clear()
+        if self.account is not None:
+            self.account.begin()
         out = {order.version for order in self._given.values()}
         self._bases = {version: theta for version, theta in self._bases.items() if version in out}
         self._minutes.clear()

@@ -32,6 +32,17 @@ def uniform(candidates: Candidates, count: int, round: int, key: Key) -> Places:
     return draw.permutation(n)[:count] if n <= _LISTED else draw.choice(n, count, replace=False)
 
 
+@rule("selector", traits=("poisson",))
+def poisson(candidates: Candidates, count: int, round: int, key: Key) -> Places:
+    """Each client is drawn by itself, with the probability cohort / clients: as many as luck has it, none at times.
+
+    What privacy accounting calls Poisson sampling: of all samplings it makes the most of noise. Who is away is not
+    drawn in another's place.
+    """
+    rate = min(1.0, count / max(1, int(candidates.sizes.sum())))
+    return np.flatnonzero(key.fold("select", round).numpy().random(len(candidates)) < rate)
+
+
 @rule("selector")
 def round_robin(candidates: Candidates, count: int, round: int, key: Key) -> Places:
     """Take clients in turn, sorted by id: everyone once before anyone twice. Draws nothing."""
@@ -78,7 +89,7 @@ def stratified(
     return np.concatenate([draw.choice(of, int(n), replace=False) for of, n in zip(mine, places, strict=True) if n])
 
 
-@rule("selector")
+@rule("selector", traits=("by_data",))
 def power_of_choice(
     candidates: Candidates, count: int, round: int, key: Key, *, among: Annotated[int, Field(ge=1)] = 20
 ) -> Places:
@@ -97,7 +108,7 @@ def power_of_choice(
     return drawn[np.argsort(-loss, kind="stable")[:count]]
 
 
-@rule("selector")
+@rule("selector", traits=("by_data",))
 def oort(
     candidates: Candidates,
     count: int,

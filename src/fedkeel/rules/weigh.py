@@ -3,8 +3,9 @@
 A weigher registered with `init` is stateful: `(cohort, state, kept) -> (weights, kept)`, kept a mapping of names to
 vectors; that of a round which is skipped is dropped. Traits: "server_data" (asks the cohort's referee), "trust" (keeps
 each client's trust under its name, one figure), "per_row" (a row's weight depends on that row alone, so a server may
-weigh rows as they come), "absolute" (the step is as long as its weights are on the mean: a row that is worth little
-does not weigh more because the others are worth as little).
+weigh rows as they come), "by_examples" (by how many examples clients say they have), "absolute" (the step is as long as
+its weights are on the mean: a row that is worth little does not weigh more because the others are worth as little). The
+hook `most()` is the most that a row can weigh: a weigher per row that has it may stand before noise on a sum.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _PRIOR = 5.0  # rounds' worth of updates that even_share begins with
 _ONE = torch.ones((), dtype=torch.float64)
 
 
-@rule("weigher", traits=("per_row",))
+@rule("weigher", traits=("per_row", "by_examples"), hooks={"most": lambda cap: math.inf if cap is None else float(cap)})
 def examples(cohort: Cohort, state: ServerState, *, cap: Annotated[int, Field(ge=1)] | None = None) -> Tensor:
     """The number of examples a client says it trained on (McMahan et al. 2017), at most `cap`.
 
@@ -43,13 +44,13 @@ def examples(cohort: Cohort, state: ServerState, *, cap: Annotated[int, Field(ge
     return counts.clone() if cap is None else counts.clamp(max=cap)
 
 
-@rule("weigher", traits=("per_row",))
+@rule("weigher", traits=("per_row",), hooks={"most": lambda: 1.0})
 def equal(cohort: Cohort, state: ServerState) -> Tensor:
     """Every row counts the same."""
     return torch.ones(len(cohort), dtype=torch.float64)
 
 
-@rule("weigher", traits=("per_row", "absolute"))
+@rule("weigher", traits=("per_row", "absolute"), hooks={"most": lambda **_: 1.0})
 def staleness(
     cohort: Cohort,
     state: ServerState,

@@ -16,13 +16,15 @@ from fedkeel.core.errors import InputError, RunError
 if TYPE_CHECKING:  # a reader of the ledger needs no torch
     from fedkeel.core.types import ClientRow, RoundReport
 
-SCHEMA = 3
+SCHEMA = 4
 _APPLICATION = 0x66656B6C  # "fekl": tells our file from any other SQLite file
 _TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE rounds(
     round INTEGER PRIMARY KEY, version INTEGER NOT NULL, time REAL NOT NULL, skipped TEXT, update_norm REAL,
-    bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL, epsilon REAL, seconds TEXT NOT NULL, wall REAL NOT NULL);
+    bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL, epsilon REAL, seconds TEXT NOT NULL, wall REAL NOT NULL,
+    charge TEXT);
+CREATE TABLE redone(number INTEGER PRIMARY KEY, round INTEGER NOT NULL, charge TEXT NOT NULL);
 CREATE TABLE updates(
     round INTEGER NOT NULL REFERENCES rounds ON DELETE CASCADE, client TEXT NOT NULL,
     stage TEXT, rule TEXT, reason TEXT, score REAL, weight REAL, norm REAL, cosine REAL, variance REAL, trust REAL,
@@ -139,9 +141,12 @@ class Ledger:
         """Write a round and its updates; `hostile` names the clients known (to a simulator) to be hostile."""
         skipped, seconds = _text(report.skipped), _json(dict(report.seconds))
         head = (report.round, report.version, report.time, skipped, report.update_norm, report.bytes_up)
-        line = (*head, report.bytes_down, report.epsilon, seconds, time.time())
+        charge = None if report.charge is None else _json(report.charge)
+        line = (*head, report.bytes_down, report.epsilon, seconds, time.time(), charge)
+        if charge is not None and not self._db.in_transaction:
+            self._db.execute("PRAGMA synchronous = FULL")  # what was spent is known after a power cut too
         with self.transaction():
-            self._db.execute("INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)", line)
+            self._db.execute("INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?,?)", line)
             self.write_updates(report.round, report.clients, hostile)
 
     def write_updates(self, round: int, clients: Sequence[ClientRow], hostile: set[str] | None = None) -> None:
@@ -179,8 +184,16 @@ class Ledger:
             self._db.executemany("INSERT OR REPLACE INTO clients VALUES (?,?)", rows)
 
     def rewind(self, round: int) -> None:
-        """Delete everything after a round: a run resumed from its checkpoint writes it anew."""
+        """Delete everything after a round: a run resumed from its checkpoint writes it anew.
+
+        What those rounds spent of privacy stays spent: `redone` tells it.
+        """
         with self.transaction():
+            self._db.execute(
+                "INSERT INTO redone(round, charge) "
+                "SELECT round, charge FROM rounds WHERE round > ? AND charge IS NOT NULL ORDER BY round",
+                (round,),
+            )
             self._db.execute("DELETE FROM rounds WHERE round > ?", (round,))
             self._db.execute("DELETE FROM metrics WHERE round > ?", (round,))
 
@@ -189,7 +202,11 @@ class Ledger:
         return {row["key"]: json.loads(row["value"]) for row in self.query("SELECT * FROM meta ORDER BY key")}
 
     def rounds(self) -> list[Row]:
-        return _parsed(self.query("SELECT * FROM rounds ORDER BY round"), "seconds")
+        return _parsed(_parsed(self.query("SELECT * FROM rounds ORDER BY round"), "seconds"), "charge")
+
+    def redone(self, after: int = 0) -> list[Row]:
+        """What rounds cost that were done and are done again: number (from 1), round, charge."""
+        return _parsed(self.query("SELECT * FROM redone WHERE number > ? ORDER BY number", after), "charge")
 
     def updates(self, round: int | None = None) -> list[Row]:
         """Every update of a round, or of the run, in the order of the cohort."""
@@ -281,5 +298,5 @@ def _finite(value: Any) -> Any:
 
 def _parsed(rows: list[Row], column: str) -> list[Row]:
     for row in rows:
-        row[column] = json.loads(row[column])
+        row[column] = None if row[column] is None else json.loads(row[column])
     return rows

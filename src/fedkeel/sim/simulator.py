@@ -16,6 +16,7 @@ from fedkeel.core.types import ClientMemory, RoundReport, ServerState
 from fedkeel.round import coordinator as orders
 from fedkeel.round import device
 from fedkeel.round.coordinator import Command, Coordinator
+from fedkeel.round.protect import protect
 from fedkeel.round.server import Server
 from fedkeel.sim.clock import Outcome
 from fedkeel.sim.flight import Flight
@@ -234,6 +235,7 @@ class Simulator:
         clients, keys = [c.client for c in claims], [made.key for made in seen]
         round = seen[0].order.round if seen else 0
         rows = device.transform(rows, keys, clients, self.memory, plan, layout)
+        rows, claims = protect(rows, keys, claims, self.memory, plan, base.control)
         rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
             row, key = rows[i : i + 1], keys[i]

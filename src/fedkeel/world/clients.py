@@ -12,6 +12,7 @@ from fedkeel.core.keys import Key
 from fedkeel.core.types import Claims, ClientMemory
 from fedkeel.round import device
 from fedkeel.round.coordinator import Train
+from fedkeel.round.protect import used_up
 from fedkeel.train import Task, Trained, Trainer
 from fedkeel.world.federation import Federation
 
@@ -60,7 +61,11 @@ class Clients:
         keys = {order.client: self.federation.key.fold("client", order.round, order.client) for order in orders}
         for order in orders:
             device.recall(order.client, order.settled, self.memory)
-        tasks = [self._task(order, keys[order.client]) for order in orders]
+        spent = {o.client for o in orders if used_up(o.client, self.memory, self.federation.plan)}
+        for order in orders:
+            if order.client in spent:
+                yield Made(order, keys[order.client], failure="its privacy budget is spent")
+        tasks = [self._task(order, keys[order.client]) for order in orders if order.client not in spent]
         self._tune(orders[0].round)
         for done in self.trainer.train(base.theta, tasks, base.control):
             order = by_index[done.client]

@@ -20,6 +20,7 @@ from fedkeel.core.roster import Register
 from fedkeel.core.types import ClientMemory
 from fedkeel.round import device
 from fedkeel.round.plan import Plan
+from fedkeel.round.promise import check_layout, promised
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.wire import MAX_NAME, built
 from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
@@ -177,6 +178,7 @@ class Federation:
             _check_alone(job, plan)
         else:
             check_feedback(plan, layout)
+        check_layout(plan, layout)
         plan.check_referee(referee is not None)
         chosen = None
         if job.aggregate.reduce == AUTO:
@@ -376,7 +378,7 @@ def build_plan(job: Job) -> Plan:
     """The plan of a job, its rules built and checked against the cohort; for `auto`, as of unknown data."""
     if job.aggregate.reduce == AUTO:
         job = job.model_copy(update={"aggregate": choose(job)[0]})
-    return Plan(
+    plan = Plan(
         select=job.rule("select.rule", "selector"),
         schedule=job.rule("schedule.rule", "scheduler"),
         codec=job.rule("client.codec", "codec"),
@@ -398,6 +400,27 @@ def build_plan(job: Job) -> Plan:
         error_feedback=job.client.error_feedback,
         down=None if job.server.codec == "float32" else job.rule("server.codec", "codec"),
         down_zstd=job.server.zstd,
+    )
+    return plan if job.privacy.mechanism is None else _promised(job, plan)
+
+
+def _promised(job: Job, plan: Plan) -> Plan:
+    """The plan with what the job says of privacy."""
+    mechanism = job.rule("privacy.mechanism", "mechanism")()
+    if mechanism.place != "server" and (job.client.labels or job.data.holdout):
+        raise InputError(
+            f"{'client.labels' if job.client.labels else 'data.holdout'} has clients tell of their data without noise, "
+            f"and privacy.mechanism = '{job.privacy.mechanism}' hides it from the server: leave out one of the two"
+        )
+    return promised(
+        plan,
+        mechanism,
+        rounds=job.rounds,
+        delta=job.privacy.delta,
+        epsilon=job.privacy.epsilon,
+        uses=job.privacy.uses,
+        method=job.privacy.accountant,
+        secret=Key.root(job.seed).fold("privacy") if job.privacy.insecure_reproducible_noise else None,
     )
 
 

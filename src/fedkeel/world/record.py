@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,19 @@ def check_rules(directory: RunDir, ledger: Ledger, plan: Plan, remedy: str) -> N
     """Raises `InputError` where a run was begun with other rules than the plan's."""
     if (before := ledger.meta.get("plan")) not in (None, [list(step) for step in plan.steps]):
         raise InputError(f"'{directory.path}' was begun with other rules ({before}): {remedy}")
+
+
+def rewound(ledger: Ledger, state: ServerState) -> ServerState:
+    """Take the ledger back to a checkpoint's round; the state knows then what the rounds after it have spent."""
+    ledger.rewind(state.round)
+    privacy: dict[str, Any] = {"events": {}, "uses": {}, "redone": 0, **state.privacy}
+    for row in ledger.redone(after=privacy["redone"]):
+        for kind in ("events", "uses"):
+            counts = Counter(privacy[kind])
+            counts.update(row["charge"][kind])
+            privacy[kind] = dict(counts)
+        privacy["redone"] = row["number"]
+    return state.replace(privacy=privacy) if privacy["redone"] else state
 
 
 def described(federation: Federation, backend: str, settings: str) -> dict[str, Any]:

@@ -1,0 +1,272 @@
+"""The server's half of privacy: what is promised, what a round costs, and the noise on the sum of its updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkeel.core.keys import Key
+from fedkeel.core.noise import Noise, cut, rounded, unit_of
+from fedkeel.core.types import Claims, Mechanism
+from fedkeel.kernels import distance
+from fedkeel.round import accountant
+from fedkeel.round.accountant import Event, Fixed, Method, Poisson, Uses
+
+NORM = "privacy/norm"
+"""Under what name clients are sent the norm that holds in this round."""
+WITHIN = "within_norm"
+"""The metric by which a client tells 1 where its update was within that norm, else 0."""
+_SHAVED = 1 - 2.0**-20  # of a norm: its computation is right to float32
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What a plan promises: the mechanism, with its noise known, and how its spending is counted.
+
+    `sampling` is how those who take part are drawn, as far as that may be counted on; `uses` the most rounds that a
+    client takes part in, where that is what is counted. `epsilon` is the budget, None: what is spent is told, and no
+    more. `cohort` updates a round are planned, of `population` clients. `secret` is None for noise from the operating
+    system's generator; with a key of the run's nothing is private.
+    """
+
+    mechanism: Mechanism
+    sampling: Literal["poisson", "fixed", "uses"]
+    rounds: int
+    uses: int
+    cohort: int
+    population: int
+    delta: float
+    epsilon: float | None = None
+    method: Method = "pld"
+    secret: Key | None = None
+
+    @property
+    def noise(self) -> float:
+        """The noise multiplier."""
+        assert self.mechanism.noise is not None
+        return self.mechanism.noise
+
+    @property
+    def central(self) -> bool:
+        """Whether the noise is the server's, on sums."""
+        return self.mechanism.place == "server"
+
+    def event(self, among: int | None = None, chosen: int | None = None) -> Event:
+        """What a round costs, of so many clients chosen among so many who were there; by default as planned."""
+        if self.sampling == "poisson":
+            return Poisson(self.cohort / self.population, self.noise)
+        if self.sampling == "fixed":
+            return Fixed(among or self.population, chosen or self.cohort, self.noise)
+        return Uses(self.noise if self.central else self.noise / 2)
+
+    def planned(self) -> dict[Event, int]:
+        """What the whole run costs, if every round is as planned."""
+        return {self.event(): self.uses if self.sampling == "uses" else self.rounds}
+
+    def solved(self) -> Privacy:
+        """With as little noise as the budget allows. Raises `InputError` where no noise is enough."""
+        return replace(self, mechanism=replace(self.mechanism, noise=_solved(self)))
+
+    @cached_property
+    def most_uses(self) -> int | None:
+        """How many rounds a client may take part in; None where rounds of all are what is counted."""
+        if self.sampling != "uses":
+            return None
+        if self.epsilon is None:
+            return self.uses
+        return accountant.most(self.event(), self.epsilon, self.delta, self.method, self.uses)
+
+    def spent(self, events: Mapping[Event, int]) -> float:
+        """Epsilon of what has happened."""
+        return accountant.epsilon(events, self.delta, self.method)
+
+    def __repr__(self) -> str:
+        mechanism = self.mechanism
+        norm = f"{mechanism.norm:g} at first" if mechanism.quantile is not None else f"{mechanism.norm:g}"
+        where = {"server": "the sum", "client": "each update", "step": "each step's sum"}[mechanism.place]
+        bands = f", correlated over {mechanism.bands} rounds" if mechanism.bands > 1 else ""
+        return f"Gaussian noise of {self.noise:.4g} norms on {where}, norm {norm}{bands}"
+
+
+@lru_cache(maxsize=32)  # a job's plan is built more than once
+def _solved(privacy: Privacy) -> float:
+    assert privacy.epsilon is not None
+
+    def events(noise: float) -> dict[Event, int]:
+        return replace(privacy, mechanism=replace(privacy.mechanism, noise=noise)).planned()
+
+    return accountant.solve(events, privacy.epsilon, privacy.delta, privacy.method)
+
+
+class Account:
+    """What a run has spent so far, and what the open round costs.
+
+    It outlives checkpoints: rounds that are done again count again (`ship.ledger`).
+    """
+
+    def __init__(self, privacy: Privacy, known: Mapping[str, Mapping[str, int]]) -> None:
+        """`known` is what `state` gave."""
+        self.privacy = privacy
+        self._events: dict[Event, int] = {_read(text): count for text, count in known.get("events", {}).items()}
+        self._uses = dict(known.get("uses", {}))
+        self.begin()
+
+    def begin(self) -> None:
+        """The next round is open."""
+        self._event = self.privacy.event()
+        self._clients: list[str] = []
+        self.cost: dict[str, dict[str, int]] | None = None
+        """Of the round that is open, once it is counted: as `state`."""
+
+    def sampled(self, among: int, chosen: int) -> None:
+        """So many clients were chosen for the open round, among so many who were free."""
+        if chosen:
+            self._event = self.privacy.event(among, chosen)
+
+    def give(self, client: str) -> None:
+        """A client was given work: whatever comes of it, it counts as one of the client's rounds."""
+        self._clients.append(client)
+
+    def count(self) -> None:
+        """Count the open round, once, whatever will come of it."""
+        if self.cost is None:
+            self.cost = {"events": {}, "uses": {}}
+            if isinstance(self._event, Uses):
+                self.cost["uses"] = dict.fromkeys(self._clients, 1)
+            else:
+                self.cost["events"] = {repr(self._event): 1}
+                self._events[self._event] = self._events.get(self._event, 0) + 1
+            for client in self.cost["uses"]:
+                self._uses[client] = self._uses.get(client, 0) + 1
+
+    def state(self) -> dict[str, dict[str, int]]:
+        """What to keep, as JSON values: events by their text, and each client's rounds."""
+        return {"events": {repr(event): count for event, count in self._events.items()}, "uses": dict(self._uses)}
+
+    @property
+    def epsilon(self) -> float:
+        """What is spent."""
+        return self.privacy.spent(self._spending())
+
+    def spent(self, clients: Sequence[str]) -> bool:
+        """Whether the budget leaves no further round: of all, or of every one of the clients."""
+        if self.privacy.epsilon is None or isinstance(self._event, Uses):
+            return len(self.used_up) >= len(clients)
+        more = self._spending()
+        more[self.privacy.event()] = more.get(self.privacy.event(), 0) + 1
+        return self.privacy.spent(more) > self.privacy.epsilon
+
+    @property
+    def used_up(self) -> set[str]:
+        """Who has taken part in as many rounds as a client may."""
+        most = self.privacy.most_uses
+        return set() if most is None else {client for client, uses in self._uses.items() if uses >= most}
+
+    def _spending(self) -> dict[Event, int]:
+        found = dict(self._events)
+        if self._uses:
+            found[self.privacy.event()] = max(self._uses.values())
+        return found
+
+
+def _read(text: str) -> Event:
+    """An event from its text: `Poisson(rate=0.1, noise=1.0, steps=1)`."""
+    name, _, rest = text.partition("(")
+    fields = dict(part.split("=") for part in rest.removesuffix(")").split(", "))
+    numbers = {
+        key: int(value) if key in ("steps", "among", "chosen") else float(value) for key, value in fields.items()
+    }
+    kinds: dict[str, Callable[..., Event]] = {"Poisson": Poisson, "Fixed": Fixed, "Uses": Uses}
+    return kinds[name](**numbers)
+
+
+class Released(NamedTuple):
+    """What is released of a round: the direction (P,), and what the mechanism keeps for the next."""
+
+    direction: Tensor
+    kept: Mapping[str, Tensor]
+
+
+class Noiser:
+    """Sums a round's updates, each clipped, exactly, and adds the noise.
+
+    A row of weight w (at most 1) enters as w times the row, scaled down to the norm, cut to the grid; the sum of the
+    rows is exact and does not depend on their order. What is released is that sum, with noise, over the cohort that
+    was planned, whoever took part.
+    """
+
+    def __init__(self, privacy: Privacy, kept: Mapping[str, Tensor]) -> None:
+        self._privacy, self._mechanism = privacy, privacy.mechanism
+        self._noise = Noise(privacy.secret)
+        self._kept = dict(kept)
+        self._sum: Tensor | None = None
+        self._within = 0
+
+    @property
+    def norm(self) -> float:
+        """What a row may move the sum by."""
+        return float(self._kept["norm"]) if "norm" in self._kept else self._mechanism.norm
+
+    def add(self, row: Tensor, weight: float, claims: Claims) -> None:
+        """Add a finite row (P,), of parameters alone."""
+        length = math.sqrt(distance.sq_norm(row))
+        factor = weight * min(1.0, self.norm * _SHAVED / length) if length else 0.0
+        whole = cut(row.to(torch.float64) * factor, unit_of(self.norm))
+        self._sum = whole if self._sum is None else self._sum.add_(whole)
+        self._within += 1 if claims.metrics.get(WITHIN, 0.0) > 0.5 else -1
+
+    def clear(self) -> None:
+        """Let go of what was added: no sum of it is released."""
+        self._sum, self._within = None, 0
+
+    def release(self, columns: int, divisor: float) -> Released:
+        """The sum over a divisor, noised (P,); begins the next round."""
+        mechanism, norm, noise = self._mechanism, self.norm, self._privacy.noise
+        kept = dict(self._kept)
+        if mechanism.quantile is not None:
+            share, noise = self._share(divisor, noise)
+            kept["norm"] = torch.tensor(norm * math.exp(-mechanism.rate * (share - mechanism.quantile)))
+        unit = unit_of(norm)
+        drawn = self._noise.normals(columns).mul_(noise * norm)
+        if mechanism.bands > 1:
+            drawn, banded = self._banded(drawn)
+            kept |= banded
+        total = rounded(drawn, unit)
+        if self._sum is not None:
+            total += self._sum
+        self._kept = kept
+        self.clear()
+        return Released((total.to(torch.float64) * (unit / divisor)).to(torch.float32), kept)
+
+    def _share(self, divisor: float, noise: float) -> tuple[float, float]:
+        """The noised share of updates within the norm, and the noise that is left for the updates themselves.
+
+        Each answer counts a half up or down, so one client moves the count by a half (Andrew et al. 2021, section 2).
+        """
+        deviation = divisor / 20
+        left = noise**-2 - (2 * deviation) ** -2
+        count = self._within + rounded(self._noise.normals(1) * (2 * deviation), 1.0).item()
+        return 0.5 + count / 2 / divisor, left**-0.5
+
+    def _banded(self, drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """C^-1 z, row by row: C banded, its columns (1, 1/2, 3/8, ...), the square root of the prefix sums' matrix."""
+        bands = self._mechanism.bands
+        drawn.mul_(math.sqrt(math.fsum(c * c for c in banded_root(bands))))
+        before = [self._kept[name] for i in range(1, bands) if (name := f"noise/{i}") in self._kept]
+        for coefficient, noise in zip(banded_root(bands)[1:], before, strict=False):
+            drawn.sub_(noise, alpha=coefficient)
+        return drawn, {f"noise/{i}": noise for i, noise in enumerate([drawn, *before][: bands - 1], 1)}
+
+
+def banded_root(bands: int) -> list[float]:
+    """The first `bands` coefficients of 1 / sqrt(1 - x): of the square root of the matrix of prefix sums."""
+    found = [1.0]
+    for i in range(1, bands):
+        found.append(found[-1] * (2 * i - 1) / (2 * i))
+    return found
