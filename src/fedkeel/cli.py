@@ -306,15 +306,19 @@ def _finish(done: Run, as_json: bool) -> None:
         row = done.final(metric)
         if row is not None:
             found[metric] = {k: row[k] for k in ("value", "low", "high")}
+    epsilon = rounds[-1]["epsilon"] if rounds else None
     if as_json:
-        _out.print_json(
-            json.dumps({"run": str(done.path), "rounds": len(rounds), "final": found, "report": str(done.dir.report)})
-        )
+        told = {"run": str(done.path), "rounds": len(rounds), "final": found, "epsilon": epsilon}
+        _out.print_json(json.dumps({**told, "report": str(done.dir.report)}))
         return
     from fedkeel.watch import figure
 
     shown = ", ".join(f"{name} {figure(row)}" for name, row in found.items())
-    _out.print(f"{escape(done.job.name)}: {shown} after {len(rounds)} rounds")
+    privacy = done.job.privacy
+    spent = "" if epsilon is None else f", epsilon {epsilon:.3g} at delta {privacy.delta:g}"
+    _out.print(f"{escape(done.job.name)}: {shown} after {len(rounds)} rounds{spent}")
+    if privacy.insecure_reproducible_noise:
+        _out.print("[red]nothing is private: the noise comes from the seed (insecure_reproducible_noise)[/]")
     _out.print(f"run: {escape(str(done.path))}\nreport: {escape(str(done.dir.report))}")
 
 

@@ -148,7 +148,7 @@ def _curve(event: Event) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(map(float, accountant._orders)), tuple(map(float, accountant._rdp))
 
 
-def interval(event: Poisson | Uses) -> float:
+def interval(event: Event) -> float:
     """How finely the losses of an event are told apart, rounded up: a fiftieth of their standard deviation.
 
     What that adds to epsilon is below a thousandth of it; dp-accounting's own 1e-4 adds more where losses are small,
@@ -172,20 +172,20 @@ def _event(event: Event) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _single(event: Event) -> Any:
+def _single(event: Event, fineness: float) -> Any:
     """The privacy loss distribution of an event."""
     with needs_extra("privacy", "privacy accounting"):
         from dp_accounting.pld import privacy_loss_distribution as pld
     rate = event.rate if isinstance(event, Poisson) else 1.0
-    one = pld.from_gaussian_mechanism(event.noise, sampling_prob=rate, value_discretization_interval=interval(event))
+    one = pld.from_gaussian_mechanism(event.noise, sampling_prob=rate, value_discretization_interval=fineness)
     return one.self_compose(event.steps) if isinstance(event, Poisson) and event.steps > 1 else one
 
 
 @lru_cache(maxsize=8)
 def _composed(events: tuple[tuple[Event, int], ...]) -> Any:
-    found = None
+    found, fineness = None, min(interval(event) for event, _ in events)
     for event, count in events:
-        one = _single(event)
+        one = _single(event, fineness)
         part = one.self_compose(count) if count > 1 else one
         found = part if found is None else found.compose(part)
     return found

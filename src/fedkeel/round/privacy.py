@@ -86,6 +86,34 @@ class Privacy:
         """Epsilon of what has happened."""
         return accountant.epsilon(events, self.delta, self.method)
 
+    def in_words(self) -> dict[str, str]:
+        """What is promised to whom, and how it is counted, for reports and model cards."""
+        hidden = {
+            "server": "each client, from all who see the models; the server sees the updates",
+            "client": "what each client learned, from the server as well",
+            "step": "each example, from the server as well",
+        }
+        counted = {
+            "poisson": f"Poisson sampling, each client at a rate of {self.cohort / self.population:.4g}; neighbours "
+            "differ by one client",
+            "fixed": f"{self.cohort} of {self.population} clients drawn without replacement; neighbours differ in one "
+            "client's data",
+            "uses": f"each client's rounds, at most {self.most_uses} of {self.rounds}; neighbours differ in "
+            "one client's updates",
+        }
+        by = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}[self.method]
+        how = {"poisson": by, "fixed": "Renyi divergences", "uses": "the exact bound for Gaussian noise"}[self.sampling]
+        budget = "none" if self.epsilon is None else f"epsilon {self.epsilon:g}"
+        seed = "the run's seed: whoever knows it can take it away, and nothing is private"
+        return {
+            "hides": hidden[self.mechanism.place],
+            "by": repr(self),
+            "counts on": counted[self.sampling],
+            "counted by": f"{how}, at delta {self.delta:g}",
+            "budget": budget,
+            "noise from": "the operating system's generator" if self.secret is None else seed,
+        }
+
     def __repr__(self) -> str:
         mechanism = self.mechanism
         norm = f"{mechanism.norm:g} at first" if mechanism.quantile is not None else f"{mechanism.norm:g}"
@@ -203,7 +231,6 @@ class Noiser:
 
     def __init__(self, privacy: Privacy, kept: Mapping[str, Tensor]) -> None:
         self._privacy, self._mechanism = privacy, privacy.mechanism
-        self._noise = Noise(privacy.secret)
         self._kept = dict(kept)
         self._sum: Tensor | None = None
         self._within = 0
@@ -225,15 +252,17 @@ class Noiser:
         """Let go of what was added: no sum of it is released."""
         self._sum, self._within = None, 0
 
-    def release(self, columns: int, divisor: float) -> Released:
-        """The sum over a divisor, noised (P,); begins the next round."""
+    def release(self, columns: int, divisor: float, round: int) -> Released:
+        """The sum over a divisor, noised (P,), of a round; begins the next."""
         mechanism, norm, noise = self._mechanism, self.norm, self._privacy.noise
+        secret = self._privacy.secret
+        source = Noise(None if secret is None else secret.fold(round))
         kept = dict(self._kept)
         if mechanism.quantile is not None:
-            share, noise = self._share(divisor, noise)
+            share, noise = self._share(divisor, noise, source)
             kept["norm"] = torch.tensor(norm * math.exp(-mechanism.rate * (share - mechanism.quantile)))
         unit = unit_of(norm)
-        drawn = self._noise.normals(columns).mul_(noise * norm)
+        drawn = source.normals(columns).mul_(noise * norm)
         if mechanism.bands > 1:
             drawn, banded = self._banded(drawn)
             kept |= banded
@@ -244,14 +273,14 @@ class Noiser:
         self.clear()
         return Released((total.to(torch.float64) * (unit / divisor)).to(torch.float32), kept)
 
-    def _share(self, divisor: float, noise: float) -> tuple[float, float]:
+    def _share(self, divisor: float, noise: float, source: Noise) -> tuple[float, float]:
         """The noised share of updates within the norm, and the noise that is left for the updates themselves.
 
         Each answer counts a half up or down, so one client moves the count by a half (Andrew et al. 2021, section 2).
         """
         deviation = divisor / 20
         left = noise**-2 - (2 * deviation) ** -2
-        count = self._within + rounded(self._noise.normals(1) * (2 * deviation), 1.0).item()
+        count = self._within + rounded(source.normals(1) * (2 * deviation), 1.0).item()
         return 0.5 + count / 2 / divisor, left**-0.5
 
     def _banded(self, drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

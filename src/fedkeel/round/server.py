@@ -357,7 +357,7 @@ class Server:
 
     def _release(self, noiser: Noiser) -> Outcome:
         """The noised sum, also of no updates at all; what the ledger says of each row is not released."""
-        direction, kept = noiser.release(self.layout.columns, self.plan.rows)
+        direction, kept = noiser.release(self.layout.columns, self.plan.rows, self.state.round)
         norm, weights = math.sqrt(distance.sq_norm(direction)), _float64(a.weight for a in self._admitted)
         shares = (weights / weights.sum()).nan_to_num().tolist()
         found, used = {}, None

@@ -17,7 +17,7 @@ from fedkeel.core.layout import Layout
 from fedkeel.core.semver import SEMVER
 from fedkeel.ship import files, tensors
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,23 @@ class Lineage:
 
 
 @dataclass(frozen=True, slots=True)
+class Privacy:
+    """What was spent on these weights, and the words for it. `epsilon` None: without a bound."""
+
+    epsilon: float | None
+    delta: float
+    hides: str
+    by: str
+    counts_on: str
+    noise_from: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """What must match between trainer, server, client and serving, and the lineage of these weights.
 
-    `labels[i]` is the meaning of output i; empty where outputs are no classes. `version` is semantic (semver.org).
+    `labels[i]` is the meaning of output i; empty where outputs are no classes. `privacy`: None where
+    nothing was promised. `version` is semantic (semver.org).
     """
 
     version: str
@@ -61,6 +74,7 @@ class ModelCard:
     inputs: Inputs
     labels: tuple[str, ...]
     lineage: Lineage
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         if not SEMVER.fullmatch(self.version):
@@ -87,6 +101,8 @@ class ModelCard:
             fields["parameters"] = tuple(Parameter(**p | {"shape": tuple(p["shape"])}) for p in fields["parameters"])
             fields["labels"] = tuple(fields["labels"])
             fields["lineage"] = Lineage(**fields["lineage"])
+            if fields["privacy"] is not None:
+                fields["privacy"] = Privacy(**fields["privacy"])
             card = cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is no model card ({error}): name a card.json that fedkeel wrote") from None
@@ -106,6 +122,7 @@ def write(
     job: str,
     rounds: int,
     recipe: str,
+    privacy: Privacy | None = None,
 ) -> ModelCard:
     """Write `model.safetensors` (theta (P,) as the module's named tensors, in their dtypes) and `card.json`.
 
@@ -116,7 +133,7 @@ def write(
     named = {name: value.to(dtypes[name]) for name, value in layout.views(theta).items()}
     parameters = tuple(Parameter(n, tuple(v.shape), str(v.dtype).removeprefix("torch.")) for n, v in named.items())
     lineage = Lineage(job, rounds, recipe, tensors.fingerprint(named))
-    card = ModelCard(version, parameters, layout.digest, inputs, labels, lineage)
+    card = ModelCard(version, parameters, layout.digest, inputs, labels, lineage, privacy)
     directory.mkdir(exist_ok=True)
     tensors.write(directory / "model.safetensors", named, {"card": card.digest})
     files.write_text(directory / "card.json", card.to_json())

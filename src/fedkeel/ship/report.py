@@ -241,6 +241,8 @@ def _view(run: Run, index: int, first: Run, keys: Iterator[str]) -> dict[str, An
         "admission": _admission(run, keys),
         "data": _data(run, keys),
         "cost": _cost(run, keys, time),
+        "hidden": _hidden(run, keys),
+        "privacy": [(name, value) for name, value in run.meta.get("privacy", {}).items() if isinstance(value, str)],
         "plan": run.meta.get("plan", ()),
         "facts": [(key, str(value)) for key, value in run.meta.items() if isinstance(value, str | int | float)],
     }
@@ -293,7 +295,9 @@ def _cards(run: Run, time: str, percent: bool) -> Iterable[dict[str, str]]:
         longest = max(run.parts, key=lambda part: run.parts[part])
         yield {"name": "Time", "figure": time, "under": f"most of it: {words.short(longest, 30)}"}
     if run.epsilon is not None:
-        yield {"name": "Privacy spent", "figure": f"ε = {words.number(run.epsilon)}", "under": "over all rounds"}
+        under = f"at δ = {run.meta['privacy']['delta']:g}" if "privacy" in run.meta else "over all rounds"
+        under = "insecure: the noise is of the seed" if run.meta.get("insecure") else under
+        yield {"name": "Privacy spent", "figure": f"ε = {words.number(run.epsilon)}", "under": under}
 
 
 def _quality(run: Run, index: int, keys: Iterator[str]) -> list[charts.Chart]:
@@ -398,6 +402,14 @@ def _data(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
     note = f"{words.count(sum(map(sum, histogram)), 'example')}; the deeper the cell, the more examples of the class."
     labels = [str(name) for name in run.meta.get("labels", ())]
     return [charts.holdings("Examples of each class at each client", histogram, labels, next(keys), note=note)]
+
+
+def _hidden(run: Run, keys: Iterator[str]) -> list[charts.Chart]:
+    """What was spent of privacy, round by round."""
+    if not run.spent:
+        return []
+    note = "An upper bound on what all rounds so far tell of one of those who are hidden."
+    return [charts.curves("Privacy spent", [charts.Curve("ε", run.spent, 0)], next(keys), percent=False, note=note)]
 
 
 def _cost(run: Run, keys: Iterator[str], time: str) -> list[charts.Chart]:

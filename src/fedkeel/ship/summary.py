@@ -115,6 +115,7 @@ class Run:
     seconds: tuple[list[int], dict[str, list[float]]]  # rounds, and part -> mean seconds at each
     parts: dict[str, float]  # part -> seconds in all
     epsilon: float | None
+    spent: list[Point]  # epsilon over the rounds
     own: own.Own
     pace: pace.Pace
     table: list[Row] = field(default_factory=list)
@@ -127,6 +128,9 @@ class Run:
     @property
     def final(self) -> Point | None:
         return self.series[self.main][-1] if self.main else None
+
+
+_SPENT = "SELECT round, epsilon FROM rounds WHERE epsilon IS NOT NULL ORDER BY round"
 
 
 def load(path: Path | str, label: str | None = None) -> Run:
@@ -177,6 +181,10 @@ def load(path: Path | str, label: str | None = None) -> Run:
             seconds=_seconds(ledger, first, step),
             parts=_parts(ledger),
             epsilon=span["epsilon"],
+            spent=thin(
+                [Point(row["round"], row["epsilon"]) for row in ledger.query(_SPENT)],
+                POINTS,
+            ),
             own=own.load(ledger, step, [row["client"] for row in accused]),
             pace=pace.load(ledger, scope, next(iter(series), None)),
             table=_table(ledger, series),

@@ -80,6 +80,16 @@ class Record:
         checkpoint.save(self.directory.checkpoints, state, memory, extra, attached=attached, layout_digest=digest)
         checkpoint.prune(self.directory.checkpoints)
 
+    def _privacy(self) -> card.Privacy | None:
+        """What the model's card says of privacy, after the last round."""
+        promised = self.federation.plan.privacy
+        if promised is None:
+            return None
+        rounds = self.ledger.rounds()
+        spent = rounds[-1]["epsilon"] if rounds else 0.0
+        words = promised.in_words()
+        return card.Privacy(spent, promised.delta, words["hides"], words["by"], words["counts on"], words["noise from"])
+
     def model(self, state: ServerState) -> None:
         """Write the final model, with its card."""
         pool = self.federation.pool
@@ -95,6 +105,7 @@ class Record:
             job=self.federation.job.name,
             rounds=state.round,
             recipe=repr(self.federation.plan),
+            privacy=self._privacy(),
         )
 
 
@@ -131,7 +142,7 @@ def described(federation: Federation, backend: str, settings: str) -> dict[str, 
     """What the ledger says of a run as a whole."""
     from importlib.metadata import version
 
-    job, pool = federation.job, federation.pool
+    job, pool, privacy = federation.job, federation.pool, federation.plan.privacy
     histogram = (
         label_histogram(federation.data, pool.classes).tolist() if pool.classes and len(federation.data.y) else None
     )
@@ -150,6 +161,8 @@ def described(federation: Federation, backend: str, settings: str) -> dict[str, 
         "labels": list(pool.labels),
         "label_histogram": histogram,
         "hostile": sorted(federation.adversary.clients),
+        **({"privacy": privacy.in_words() | {"delta": privacy.delta}} if privacy else {}),
+        **({"insecure": True} if privacy and privacy.secret else {}),
         "settings": settings,
     }
 
