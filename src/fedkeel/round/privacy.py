@@ -30,9 +30,9 @@ class Privacy:
     """What a plan promises: the mechanism, with its noise known, and how its spending is counted.
 
     `sampling` is how those who take part are drawn, as far as that may be counted on; `uses` the most rounds that a
-    client takes part in, where that is what is counted. `epsilon` is the budget, None: what is spent is told, and no
-    more. `cohort` updates a round are planned, of `population` clients. `secret` is None for noise from the operating
-    system's generator; with a key of the run's nothing is private.
+    client is planned to take part in, where that is what is counted, `limit` what the job bounds them by. `epsilon` is
+    the budget, None: what is spent is told, and no more. `cohort` updates a round are planned, of `population` clients.
+    `secret` is None for noise from the operating system's generator; with a key of the run's nothing is private.
     """
 
     mechanism: Mechanism
@@ -45,6 +45,7 @@ class Privacy:
     epsilon: float | None = None
     method: Method = "pld"
     secret: Key | None = None
+    limit: int | None = None
 
     @property
     def noise(self) -> float:
@@ -75,12 +76,10 @@ class Privacy:
 
     @cached_property
     def most_uses(self) -> int | None:
-        """How many rounds a client may take part in; None where rounds of all are what is counted."""
-        if self.sampling != "uses":
-            return None
-        if self.epsilon is None:
-            return self.uses
-        return accountant.most(self.event(), self.epsilon, self.delta, self.method, self.uses)
+        """How many rounds a client may take part in; None where nothing bounds it, or rounds of all are counted."""
+        if self.sampling != "uses" or self.epsilon is None:
+            return self.limit
+        return accountant.most(self.event(), self.epsilon, self.delta, self.method, self.limit or self.rounds)
 
     def spent(self, events: Mapping[Event, int]) -> float:
         """Epsilon of what has happened."""
@@ -98,8 +97,8 @@ class Privacy:
             "differ by one client",
             "fixed": f"{self.cohort} of {self.population} clients drawn without replacement; neighbours differ in one "
             "client's data",
-            "uses": f"each client's rounds, at most {self.most_uses} of {self.rounds}; neighbours differ in "
-            "one client's updates",
+            "uses": f"each client's rounds, at most {self.most_uses or self.rounds} of {self.rounds}; neighbours "
+            "differ in one client's updates",
         }
         by = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}[self.method]
         how = {"poisson": by, "fixed": "Renyi divergences", "uses": "the exact bound for Gaussian noise"}[self.sampling]

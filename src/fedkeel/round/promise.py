@@ -47,7 +47,17 @@ def promised(
         )
     most = min(rounds, uses or _uses(plan, mechanism, rounds))
     privacy = Privacy(
-        mechanism, sampling, rounds, most, plan.rows, max(plan.population, plan.rows), delta, epsilon, method, secret
+        mechanism,
+        sampling,
+        rounds,
+        most,
+        plan.rows,
+        max(plan.population, plan.rows),
+        delta,
+        epsilon,
+        method,
+        secret,
+        uses,
     )
     if mechanism.noise is None:
         if epsilon is None:
