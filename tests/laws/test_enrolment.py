@@ -29,7 +29,7 @@ def test_every_registered_rule_keeps_the_laws_of_its_kind(kind: str, name: str) 
 
 
 def test_the_kinds_of_this_room_have_laws() -> None:
-    assert set(testing.LAWS) >= {"reducer", "weigher", "row_transform", "server_optimiser", "attack"}
+    assert set(testing.LAWS) >= {"reducer", "weigher", "row_transform", "server_optimiser", "attack", "mechanism"}
 
 
 def broken(kind: str, function: Callable[..., Any], *traits: str, like: str) -> Rule:

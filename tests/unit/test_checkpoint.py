@@ -217,7 +217,7 @@ class TestCard:
         assert list(json.loads(text)) == sorted(json.loads(text))
         with pytest.raises(InputError, match="changed after"):
             card.ModelCard.from_json(text.replace('"yes"', '"maybe"'))
-        for broken in ("", "[]", "{}", text[:-10], text.replace('"format": 1', '"format": 2')):
+        for broken in ("", "[]", "{}", text[:-10], text.replace('"format": 2', '"format": 3')):
             with pytest.raises(InputError):
                 card.ModelCard.from_json(broken)
 

@@ -39,7 +39,7 @@ def test_a_round_comes_back_as_it_was_written(ledger):
     assert line.pop("wall") > 1.7e9
     assert line == {
         "round": 3, "version": 3, "time": 4.5, "skipped": "too few", "update_norm": 0.0, "bytes_up": 2000,
-        "bytes_down": 7, "epsilon": 0.5, "seconds": {"train": 0.25},
+        "bytes_down": 7, "epsilon": 0.5, "seconds": {"train": 0.25}, "charge": None,
     }  # fmt: skip
     first, second = ledger.updates(3)
     assert first == {

@@ -38,8 +38,24 @@ def chooses_so_many_distinct_positions(rule: Rule) -> None:
         for round in (1, 5, 1000):
             chosen = np.asarray(rule(who, count, round, KEY))
             words = f"{count} of {len(who)} clients in round {round}: {chosen.tolist()}"
-            hold(chosen.shape == (count,) and chosen.dtype.kind in "iu", words)
-            hold(len(set(chosen.tolist())) == count and chosen.min() >= 0 and chosen.max() < len(who), words)
+            known = chosen.ndim == 1 and chosen.dtype.kind in "iu"
+            hold(known and ("poisson" in rule.definition.traits or len(chosen) == count), words)
+            hold(len(set(chosen.tolist())) == len(chosen), words)
+            hold(bool(((chosen >= 0) & (chosen < len(who))).all()), words)
+
+
+@law("selector", "poisson")
+def each_is_drawn_by_itself_at_the_rate_of_the_cohort_to_all(rule: Rule) -> None:
+    who, rounds = Candidates.of([f"client-{i:02d}" for i in range(20)]), 2000
+    drawn = np.zeros((rounds, 20))
+    for round in range(rounds):
+        drawn[round, np.asarray(rule(who, 5, round, KEY))] = 1
+    hold(bool((np.abs(drawn.mean(0) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / rounds)).all()), f"rates {drawn.mean(0)}")
+    together = np.abs(np.corrcoef(drawn.T) - np.eye(20)).max()
+    hold(bool(together < 6 / np.sqrt(rounds)), f"two clients are drawn together with a correlation of {together:.3f}")
+    away = Candidates(who.roster, np.arange(10))
+    mean = np.mean([len(np.asarray(rule(away, 5, round, KEY))) for round in range(rounds)])
+    hold(bool(abs(mean - 2.5) < 0.2), f"with half of the clients away it draws {mean:.2f} of 5: others in their place")
 
 
 @law("selector")

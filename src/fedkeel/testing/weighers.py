@@ -57,3 +57,14 @@ def weighs_a_row_by_itself(rule: Rule) -> None:
     for i, weight in enumerate(asked(rule, whole).tolist()):
         alone = float(asked(rule, cohort(rows(6, 10), [i]))[0])
         hold(alone == weight, f"row {i} weighs {weight} among others and {alone} alone")
+
+
+@law("weigher")
+def weighs_no_row_by_more_than_it_says(rule: Rule) -> None:
+    most = rule.hook("most")
+    if most is None:
+        return
+    hold("per_row" in rule.definition.traits, "it bounds its weights, so it must have the trait per_row")
+    for n in (1, 5, 40):
+        given = asked(rule, cohort(rows(n, 3)))
+        hold(bool((given <= most()).all()), f"it gave {float(given.max()):g}, and says {most():g} at most")
