@@ -97,3 +97,9 @@ def signed_by(public: bytes, signature: bytes, text: bytes) -> bool:
 def sign(private: bytes, text: bytes) -> bytes:
     """An Ed25519 signature, by a private key of 32 bytes."""
     return Ed25519PrivateKey.from_private_bytes(private).sign(text)
+
+
+def identity() -> tuple[bytes, bytes]:
+    """A fresh Ed25519 key pair: private, public."""
+    private = Ed25519PrivateKey.generate()
+    return private.private_bytes_raw(), private.public_key().public_bytes_raw()

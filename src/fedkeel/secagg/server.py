@@ -29,8 +29,9 @@ class Server:
     def __init__(self, terms: Terms, known: Mapping[str, bytes] | None = None) -> None:
         self.terms = terms
         self.stage: Stage = "keys"
-        self.blamed: dict[str, Refusal] = {}
-        """Who gave shares that do not belong to the secret that was found: they, or those whose secret it is."""
+        self.doubted: dict[str, Refusal] = {}
+        """Whose shares did not fit those that gave a secret. It may be its owner who dealt wrong ones, and liars
+        who agree can make it look like the others: so nobody is shut out for this."""
         self._known = known or {}
         self._probe = KeyPair()
         self._awaited = frozenset(range(len(terms.members)))
@@ -91,21 +92,22 @@ class Server:
     def advance(self) -> dict[str, bytes]:
         """Close the stage: what each client that goes on is sent now. Raises `CohortError` where too few are left.
 
-        Then the sum is lost, and what was sent so far tells nothing of any row.
+        Then the sum is lost, and what has come so far tells nothing of any row.
         """
+        close = {
+            "keys": self._send_keys,
+            "shares": self._deliver,
+            "rows": self._announce,
+            "consents": self._send_consents,
+            "unmask": self._unmask,
+        }.get(self.stage)
+        if close is None:
+            raise ValueError(f"the session is at its end: the stage is '{self.stage}'")
         try:
-            if self.stage not in _AWAITED:
-                raise CohortError(f"secure aggregation has come to its end: the stage is '{self.stage}'")
             self._check()
-            return {
-                "keys": self._send_keys,
-                "shares": self._deliver,
-                "rows": self._announce,
-                "consents": self._send_consents,
-                "unmask": self._unmask,
-            }[self.stage]()
+            return close()
         except CohortError:
-            self.stage = "failed"
+            self._enter("failed", frozenset())
             raise
 
     def _check(self) -> None:
@@ -218,14 +220,14 @@ class Server:
             return KeyPair(secret).public == self._keys[place][KEY : 2 * KEY]
 
         shares = self._shares.get(place, {})
-        ordered = sorted(shares, key=lambda point: (self.terms.members[point - 1] in self.blamed, point))
+        ordered = sorted(shares, key=lambda point: (self.terms.members[point - 1] in self.doubted, point))
         found = shamir.recover({point: shares[point] for point in ordered}, self.terms.threshold, right)
         if found is None:
             raise CohortError(
                 f"secure aggregation: the secret of '{name}' could not be put together from {len(shares)} shares, "
                 f"{self.terms.threshold} right ones are needed"
             )
-        for point in found.wrong:
-            reason = f"its share of the secret of '{name}' is wrong, or was so when '{name}' sent it"
-            self.blamed.setdefault(self.terms.members[point - 1], Refusal("decode", "secure aggregation", reason))
+        for point in found.apart:
+            reason = f"its share of the secret of '{name}' does not fit those that gave it"
+            self.doubted.setdefault(self.terms.members[point - 1], Refusal("decode", "secure aggregation", reason))
         return found.secret

@@ -20,10 +20,13 @@ TRIES = 4096
 
 
 class Recovered(NamedTuple):
-    """A secret, and the points whose shares do not belong to it."""
+    """A secret, and the points whose shares do not fit those that gave it.
+
+    Those are the wrong ones, unless liars chose theirs so that they fit the secret together and the others' do not.
+    """
 
     secret: bytes
-    wrong: tuple[int, ...]
+    apart: tuple[int, ...]
 
 
 def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, bytes]:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fedkeel.core.errors import CohortError
+from fedkeel.core.errors import CohortError, RunError
+from fedkeel.secagg import crypto
 from fedkeel.secagg.client import Client, Signer
 from fedkeel.secagg.server import Server
 from fedkeel.secagg.terms import Terms, Words
 
-Lost = Literal["keys", "shares", "row", "consent", "unmask"]
-"""The first message that a client does not send: its keys, its shares, its row, its consent, what unmasks."""
-_STAGE: dict[str, Lost] = {
-    "keys": "keys",
-    "shares": "shares",
-    "rows": "row",
-    "consents": "consent",
-    "unmask": "unmask",
-}
+Lost = Literal["keys", "shares", "rows", "consents", "unmask"]
+"""The first stage that a client does not answer."""
 
 
 class GroupSum(NamedTuple):
@@ -31,54 +25,53 @@ class GroupSum(NamedTuple):
     reason: str | None = None
 
 
-def masked_sum(
-    terms: Terms,
-    rows: Mapping[str, Words],
-    lost: Mapping[str, Lost] | None = None,
-    signers: Mapping[str, Signer] | None = None,
-    known: Mapping[str, bytes] | None = None,
-) -> GroupSum:
-    """One group's session with all its messages. `rows` (P,) by member, those who are lost among them."""
-    lost = lost or {}
+def group_sums(
+    groups: Iterable[Terms], rows: Mapping[str, Words], lost: Mapping[str, Lost] | None = None, *, masked: bool = True
+) -> list[GroupSum]:
+    """Each group's sum of its members' rows (P,): by the protocol or, not `masked`, by adding up. The same bits."""
+    one = masked_sum if masked else plain_sum
+    return [one(terms, rows, lost or {}) for terms in groups]
+
+
+def masked_sum(terms: Terms, rows: Mapping[str, Words], lost: Mapping[str, Lost]) -> GroupSum:
+    """One group's session with all its messages."""
+    identities = {name: crypto.identity() for name in terms.members} if terms.signed else {}
+    known = {name: public for name, (_, public) in identities.items()}
+    clients = {
+        name: Client(name, terms, Signer(identities[name][0], known) if terms.signed else None)
+        for name in terms.members
+    }
     server = Server(terms, known)
-    clients = {name: Client(name, terms, signers[name] if signers else None) for name in terms.members}
+    for name, client in clients.items():
+        client.hold(rows[name])
     answers = {name: client.advertise() for name, client in clients.items()}
     try:
         while server.stage != "done":
-            for name, data in answers.items():
-                if lost.get(name) == _STAGE[server.stage]:
-                    clients.pop(name)
-                elif (refusal := server.offer(name, data)) is not None:
-                    raise CohortError(f"'{name}' was refused: {refusal.reason}")
+            clients = {name: client for name, client in clients.items() if lost.get(name) != server.stage}
+            for name in answers.keys() & clients.keys():
+                if (refusal := server.offer(name, answers[name])) is not None:
+                    raise RunError(f"secure aggregation: the message of '{name}' was refused: {refusal.reason}")
             orders = server.advance()
-            for name in orders.keys() & clients.keys():
-                if server.stage == "rows":
-                    clients[name].hold(rows[name])
-            answers = {name: clients[name].answer(data) for name, data in orders.items() if name in clients}
+            answers = {name: clients[name].answer(orders[name]) for name in orders.keys() & clients.keys()}
     except CohortError as error:
         return GroupSum((), None, str(error))
     return GroupSum(server.survivors, server.total())
 
 
-def plain_sum(terms: Terms, rows: Mapping[str, Words], lost: Mapping[str, Lost] | None = None) -> GroupSum:
+def plain_sum(terms: Terms, rows: Mapping[str, Words], lost: Mapping[str, Lost]) -> GroupSum:
     """What `masked_sum` gives, by adding up: the same survivors, integers and reasons."""
-    lost = lost or {}
-    stages = list(_STAGE.values())
 
-    def without(present: frozenset[int], stage: Lost) -> frozenset[int]:
-        if stage == "consent" and not terms.signed:
-            return present
-        gone = {terms.places[name] for name, first in lost.items() if first == stage}
-        return present - gone
+    def answering(awaited: Iterable[int], stage: Lost) -> frozenset[int]:
+        return frozenset(place for place in awaited if lost.get(terms.members[place]) != stage)
 
     try:
-        advertised = terms.kept(without(frozenset(terms.places.values()), stages[0]))
-        shared = terms.kept(without(advertised, "shares"))
-        summed = without(shared, "row")
+        advertised = terms.kept(answering(terms.places.values(), "keys"))
+        shared = terms.kept(answering(advertised, "shares"))
+        summed = answering(shared, "rows")
         terms.check_recovery(shared, summed, summed)
-        agreed = without(summed, "consent")
+        agreed = answering(summed, "consents") if terms.signed else summed
         terms.check_recovery(shared, summed, agreed)
-        terms.check_recovery(shared, summed, without(agreed, "unmask"))
+        terms.check_recovery(shared, summed, answering(agreed, "unmask"))
     except CohortError as error:
         return GroupSum((), None, str(error))
     total = np.zeros(terms.columns, terms.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Set
+import os
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,6 +69,22 @@ class Terms:
             raise InputError(f"columns = {self.columns}: a row has 1 to {MAX_COLUMNS}")
         if self.bits not in (32, 64):
             raise InputError(f"bits = {self.bits}: write 32 or 64")
+
+    @classmethod
+    def drawn(
+        cls,
+        members: Sequence[str],
+        columns: int,
+        *,
+        threshold: int | None = None,
+        bits: int = 32,
+        degree: int = 0,
+        signed: bool = False,
+    ) -> Terms:
+        """The terms of a new session. A group that a degree is too large for has no graph."""
+        degree = degree if degree < len(members) - 1 else 0
+        threshold = threshold_of(degree + 1 if degree else len(members)) if threshold is None else threshold
+        return cls(os.urandom(SESSION), tuple(members), threshold, columns, bits, degree, signed)
 
     @property
     def holding(self) -> int:
