@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sessions import Session
 
+from fedkeel.core.errors import InputError
 from fedkeel.secagg import crypto, masks, messages
 from fedkeel.secagg.terms import ProtocolError, Terms
 
@@ -104,3 +107,13 @@ def test_signatures_are_of_their_text_and_key():
     assert not crypto.signed_by(public, signature, b"other")
     assert not crypto.signed_by(crypto.identity()[1], signature, b"text")
     assert not crypto.signed_by(b"", signature, b"text")
+
+
+@pytest.mark.parametrize("module", [masks, crypto])
+def test_without_the_library_it_says_what_to_install(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    for name in [name for name in sys.modules if name.startswith("cryptography.")]:
+        monkeypatch.delitem(sys.modules, name)
+    spec = importlib.util.spec_from_file_location("anew", module.__file__)
+    with pytest.raises(InputError, match=r'secure aggregation needs cryptography.*: pip install "fedkeel\[privacy\]"'):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

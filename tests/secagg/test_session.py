@@ -15,6 +15,7 @@ from fedkeel.core.errors import CohortError, DecodeError, InputError
 from fedkeel.core.keys import Key
 from fedkeel.secagg import messages, shamir
 from fedkeel.secagg.client import Client, Signer
+from fedkeel.secagg.crypto import KeyPair
 from fedkeel.secagg.groups import deal
 from fedkeel.secagg.messages import Consents, Delivery, Keys, Survivors, Unmask
 from fedkeel.secagg.server import Server
@@ -124,6 +125,19 @@ def test_order_repeats_and_rubbish_change_nothing(luck: random.Random, size):
     assert server.total().tolist() == session.sum_of(session.terms.members)
 
 
+def test_a_larger_group_with_a_neighbour_graph():
+    session = Session(40, degree=10, threshold=6)
+    session.until("done", {"keys": ["c3"], "shares": ["c17"], "rows": ["c20", "c31"], "unmask": ["c9"]})
+    left = session.terms.places.keys() - {"c3", "c17", "c20", "c31"}
+    assert session.server.total().tolist() == session.sum_of(left)
+
+
+def test_a_neighbour_graph_costs_a_client_its_neighbours_only():
+    sizes = {degree: len(Session(40, degree=degree).until("shares").answers["c0"]) for degree in (4, 10, 0)}
+    assert sizes[10] - sizes[4] == 6 * (4 + messages.SEALED)
+    assert sizes[0] - sizes[10] == 29 * (4 + messages.SEALED)
+
+
 def test_ready_says_when_a_stage_may_be_closed():
     session = Session(5, threshold=3)
     for place, name in enumerate(session.terms.members):
@@ -188,6 +202,30 @@ def test_survivors_that_are_too_few_or_without_the_client(places, said):
             client.answer(announced(session, places))
     else:
         assert client.answer(announced(session, places))
+
+
+LISTS = [{0, 1, 6, 7, 8, 9}, {1, 2, 6, 7, 8, 9}, {2, 3, 6, 7, 8, 9}, {3, 4, 6, 7, 8, 9}, {4, 5, 6, 7, 8, 9}]
+LISTS += [{5, 0, 6, 7, 8, 9}, {0, 3, 6, 7, 8, 9}, {1, 4, 6, 7, 8, 9}, {2, 5, 6, 7, 8, 9}, {0, 3, 6, 7, 8, 9}]
+"""Of ten clients, each is shown six survivors and itself among them; each of 0 to 5 is lost to six clients or more."""
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_the_consistency_check_is_for(signed):
+    """A server that shows each client another list gets the mask keys of six clients of ten, and so the sum of four,
+    below a threshold of six; not from a signed session."""
+    session = Session(10, threshold=6, signed=signed).until("rows")
+    answers = [session.clients[f"c{i}"].answer(announced(session, places)) for i, places in enumerate(LISTS)]
+    if signed:
+        signatures = {i: messages.read(data, session.terms).signature for i, data in enumerate(answers)}
+        for client in session.clients.values():
+            with pytest.raises(ProtocolError, match="have signed the same survivors, not 6"):
+                client.answer(messages.write(Consents(signatures), session.terms))
+        return
+    given_ = [messages.read(data, session.terms) for data in answers]
+    for place in range(6):
+        shares = {i + 1: each.mask_keys[place] for i, each in enumerate(given_) if place in each.mask_keys}
+        public = session.clients[f"c{place}"]._public[32:]
+        assert shamir.recover(shares, 6, lambda secret, public=public: KeyPair(secret).public == public)
 
 
 def test_survivors_who_never_shared_are_refused():

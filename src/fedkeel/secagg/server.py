@@ -30,8 +30,8 @@ class Server:
         self.terms = terms
         self.stage: Stage = "keys"
         self.doubted: dict[str, Refusal] = {}
-        """Whose shares did not fit those that gave a secret. It may be its owner who dealt wrong ones, and liars
-        who agree can make it look like the others: so nobody is shut out for this."""
+        """Whose shares stood in the way of a secret. It may be its owner who dealt wrong ones, and liars who agree can
+        make it look like the others: so nobody is shut out for this."""
         self._known = known or {}
         self._probe = KeyPair()
         self._awaited = frozenset(range(len(terms.members)))

@@ -20,9 +20,9 @@ TRIES = 4096
 
 
 class Recovered(NamedTuple):
-    """A secret, and the points whose shares do not fit those that gave it.
+    """A secret, and the points whose shares stood in its way: none if the first ones gave it.
 
-    Those are the wrong ones, unless liars chose theirs so that they fit the secret together and the others' do not.
+    Those shares are wrong, unless liars chose theirs so that they fit the secret together and the others' do not.
     """
 
     secret: bytes
@@ -76,15 +76,15 @@ def recover(shares: Mapping[int, bytes], threshold: int, right: Callable[[bytes]
     The first `threshold` shares are tried first, so those in doubt go last.
     """
     numbers = {point: int.from_bytes(share, "little") for point, share in shares.items()}
-    for chosen in itertools.islice(_choices(list(numbers), threshold), TRIES):
+    for tried, chosen in enumerate(itertools.islice(_choices(list(numbers), threshold), TRIES)):
         used = {point: numbers[point] for point in chosen}
         value = interpolate(used)
         if value >> 8 * SECRET:
             continue
         secret = value.to_bytes(SECRET, "little")
         if right(secret):
-            rest = [point for point in numbers if point not in used]
-            return Recovered(secret, tuple(p for p in rest if interpolate(used, p) != numbers[p]))
+            rest = [point for point in numbers if point not in used] if tried else []
+            return Recovered(secret, tuple(point for point in rest if interpolate(used, point) != numbers[point]))
     return None
 
 
