@@ -85,7 +85,13 @@ def test_changed_fields_with_a_right_digest_are_refused(message):
     data = messages.write(message, TERMS)
     fields, rest = fields_of(data), data[PREFIX.size + PREFIX.unpack_from(data)[1] :]
     assert messages.read(framed(fields, rest), TERMS) == message
-    wrong = [fields | {"version": 2}, fields | {"kind": "more"}, fields | {"session": bytes(16)}, fields | {"x": b""}]
+    wrong = [
+        fields | {"version": 2},
+        fields | {"version": True},
+        fields | {"kind": "more"},
+        fields | {"session": bytes(16)},
+        fields | {"x": b""},
+    ]
     wrong += [fields | {"kind": 7}, fields | {"sender": "dora"}, fields | {"sender": 3}, {}, [], 5]
     wrong += [{k: v for k, v in fields.items() if k != name} for name in fields]
     for name in fields.keys() - {"version", "kind", "session", "sender"}:

@@ -184,7 +184,7 @@ def read(data: bytes | memoryview, terms: Terms) -> Message:
     """A message of this session. Raises `DecodeError`; the row of a masked one is a view of `data`."""
     header_limit = _OTHER_FIELDS + len(terms.members) * (2 * _PLACE.size + max(2 * KEY + SIGNATURE, SEALED))
     fields, row = _opened(data, header_limit, terms.row_bytes)
-    if fields.get("version") != VERSION:
+    if type(fields.get("version")) is not int or fields["version"] != VERSION:
         raise DecodeError(f"it has version {str(fields.get('version'))[:20]}, this is {VERSION}")
     kind = _KINDS.get(fields["kind"]) if isinstance(fields.get("kind"), str) else None
     if kind is None:

@@ -76,13 +76,13 @@ class Server:
         try:
             if place is None or place not in self._awaited:
                 raise DecodeError("it is not awaited in this stage")
+            if place in self._answered:
+                raise DecodeError("this stage has an answer already")
             message = messages.read(data, self.terms)
             if message.sender != client:
                 raise DecodeError("it is in another's name")
             if type(message) is not _AWAITED.get(self.stage):
                 raise DecodeError(f"'{self.stage}' is awaited, not a message of kind {type(message).__name__.lower()}")
-            if place in self._answered:
-                raise DecodeError("this stage has an answer already")
             self._let_in(place, message)
         except (DecodeError, ProtocolError) as error:
             return Refusal("decode", "secure aggregation", str(error))

@@ -161,5 +161,5 @@ class Terms:
                 raise CohortError(self._too_few(len(answering), "stayed to unmask the sum"))
 
     def _too_few(self, count: int, what: str) -> str:
-        of = f"of each one's {self.holding} holders" if self.degree else "are needed"
-        return f"secure aggregation: {count} of a group of {len(self.members)} {what}, {self.threshold} {of}"
+        of = f" of each one's {self.holding} holders" if self.degree else ""
+        return f"secure aggregation: {count} of a group of {len(self.members)} {what}, {self.threshold}{of} are needed"
