@@ -4,9 +4,10 @@
     python benchmarks/secagg.py [--columns 100000 1000000] [--sizes 5 10 20] [--repeats 5] [--json FILE]
 
 Whole sessions on one core, with all messages; nobody lost, and a fifth of the group lost after it had shared its keys,
-which is the dearest moment. The least of the repeats counts; a client's figure is the median of its group's. The limit
-is what AES-256 in counter mode takes for as much keystream as there are masks, measured in turns with them. Beside it
-the same steps with Flower's own functions, where they are installed, in turns with ours. Writes results/secagg.json.
+which is the dearest moment. A group of 100 as well, with everybody everybody's neighbour and with 20 neighbours each.
+The least of the repeats counts; a client's figure is the median of its group's. The limit is what AES-256 in counter
+mode takes for as much keystream as there are masks, measured in turns with them. Beside it the same steps with Flower's
+own functions, where they are installed, in turns with ours. Writes results/secagg.json.
 """
 
 from __future__ import annotations
@@ -50,10 +51,13 @@ def main() -> None:
     for columns in args.columns:
         for size in args.sizes:
             for lost in (0, size // 5):
-                found["sessions"].append(measured(columns, size, lost, args.repeats))
+                found["sessions"].append(measured(columns, size, lost, 0, args.repeats))
                 print(json.dumps(found["sessions"][-1]), flush=True)
         found["steps"].append(beside_flower(columns, 10, args.repeats))
         print(json.dumps(found["steps"][-1]), flush=True)
+    for degree in (0, 20):
+        found["sessions"].append(measured(args.columns[0], 100, 20, degree, min(3, args.repeats)))
+        print(json.dumps(found["sessions"][-1]), flush=True)
     found["load_after"] = os.getloadavg()[0]
     args.json.parent.mkdir(exist_ok=True)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -67,14 +71,13 @@ def keystream(size: int) -> None:
         cipher.update_into(ZEROS, SPACE)
 
 
-def measured(columns: int, size: int, lost: int, repeats: int) -> dict[str, Any]:
+def measured(columns: int, size: int, lost: int, degree: int, repeats: int) -> dict[str, Any]:
     """One kind of session: the least of each figure over the repeats."""
     grid = Grid.finest(1.0, size)
     rows = {f"c{i}": torch.randn(columns, generator=Key(i).torch()) * 0.1 for i in range(size)}
     words = {name: grid.encode(row) for name, row in rows.items()}
-    runs = [session(words, lost) for _ in range(repeats)]
-    left = size - lost
-    line: dict[str, Any] = {"columns": columns, "size": size, "lost": lost}
+    runs = [session(words, lost, degree) for _ in range(repeats)]
+    line: dict[str, Any] = {"columns": columns, "size": size, "lost": lost, "degree": degree}
     line |= {name: min(run[name] for run in runs) for name in runs[0]}
     names = list(words)[lost:]
     total = np.zeros(columns, "<u4")
@@ -84,28 +87,29 @@ def measured(columns: int, size: int, lost: int, repeats: int) -> dict[str, Any]
         for name in names:
             np.add(total, words[name], out=total)
 
-    seeds = [(os.urandom(32), 1) for _ in range(size)]
+    count = degree + 1 if degree else size
+    seeds = [(os.urandom(32), 1) for _ in range(count)]
     times = race(
         {
             "plain_ms": add_up,
             "quantise_ms": lambda: grid.encode(rows["c0"]),
             "masks_ms": lambda: masks.apply(total, seeds),
-            "aes_ms": lambda: keystream(size * 4 * columns),
+            "aes_ms": lambda: keystream(count * 4 * columns),
             "sha256_ms": lambda: hashlib.sha256(total).digest(),
         },
         2 * repeats,
     )
     line |= {name: 1e3 * seconds for name, seconds in times.items()}
-    line["server_aes_ms"] = line["aes_ms"] * (left + lost * left) / size
-    line["aes_gb_s"] = 4e-6 * columns * size / line["aes_ms"]
+    line["server_aes_ms"] = line["aes_ms"] * line["server_masks"] / count
+    line["aes_gb_s"] = 4e-6 * columns * count / line["aes_ms"]
     return line
 
 
-def session(words: dict[str, Words], lost: int) -> dict[str, float]:
+def session(words: dict[str, Words], lost: int, degree: int) -> dict[str, float]:
     """Play one session: ms of the server and of the median client, bytes of the median client."""
     gone = set(list(words)[:lost])
     columns = len(words["c0"])
-    terms = Terms.drawn(list(words), columns)
+    terms = Terms.drawn(list(words), columns, threshold=degree // 2 + 1 if degree else None, degree=degree)
     spent: dict[str, float] = defaultdict(float)
     up: dict[str, int] = defaultdict(int)
     down: dict[str, int] = defaultdict(int)
@@ -136,8 +140,9 @@ def session(words: dict[str, Words], lost: int) -> dict[str, float]:
     stayed = [name for name in words if name not in gone]
     total = sum((words[name] for name in stayed[1:]), words[stayed[0]].copy())
     assert np.array_equal(server.total(), total)
-    median = statistics.median
+    median, left = statistics.median, {terms.places[name] for name in stayed}
     return {
+        "server_masks": len(left) + sum(len(terms.holders(terms.places[name]) & left) for name in gone),
         "client_ms": 1e3 * median(spent[name] for name in stayed),
         "server_ms": 1e3 * server_seconds,
         "bytes_up": median(up[name] for name in stayed),
@@ -202,15 +207,16 @@ def flower(row: np.ndarray[Any, Any], seeds: list[bytes], secret: bytes, thresho
 def table(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     out = [
-        "| columns | group | lost | client, ms | its masks | AES alone | SHA-256 of its row | quantising | server, ms "
-        "| AES alone | adding up, ms | bytes up over the row | bytes down |",
-        "|---:|" + "---:|" * 12,
+        "| columns | group | neighbours | lost | client, ms | its masks | AES alone | SHA-256 of its row | quantising "
+        "| server, ms | AES alone | adding up, ms | bytes up over the row | bytes down |",
+        "|---:|" + "---:|" * 13,
     ]
     for line in found["sessions"]:
         figures = [line[f"{name}_ms"] for name in ("client", "masks", "aes", "sha256", "quantise", "server")]
         figures += [line["server_aes_ms"]]
         out.append(
-            f"| {line['columns']:,} | {line['size']} | {line['lost']} | {' | '.join(f'{f:.1f}' for f in figures)} "
+            f"| {line['columns']:,} | {line['size']} | {line['degree'] or 'all'} | {line['lost']} "
+            f"| {' | '.join(f'{f:.1f}' for f in figures)} "
             f"| {line['plain_ms']:.2f} | {line['bytes_up'] - 4 * line['columns']:,.0f} | {line['bytes_down']:,.0f} |"
         )
     out.append("\n| columns | step of one client of ten | ours, ms | Flower's, ms | times |\n|---:|---|---:|---:|---:|")

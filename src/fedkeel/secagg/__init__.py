@@ -8,17 +8,18 @@ What it protects against. A server that keeps to the protocol and is curious, to
 among those who hold a client's shares: they learn the sum over the survivors of a group (so, with their own rows taken
 off, the sum over its honest survivors) and nothing else of any row. A sum covers at least `threshold` rows. With a
 neighbour graph that holds where the honest survivors stay connected in it (Bell et al. 2020 say how large a degree that
-takes); if they fell apart, the sum of each part would be learnt.
+takes); if they fell apart, the sum of each part would be learnt. The session draws the graph, and the server the
+session.
 
 What a server that breaks the protocol can do. A client answers one list of survivors, gives either share of a client
 and never both, and more than half of the holders must answer alike: so that no row is unmasked by contradictory lists,
-if fewer than 2 * threshold - holders clients collude. In an unsigned session (`Terms.signed` off) the server could
-still show different clients different lists, and come to a sum of fewer than `threshold` rows, or make up the keys of
-all the other clients and so learn a row. Signed, with keys that clients know of each other beforehand and not from the
-server, advertised keys and the list of survivors carry Ed25519 signatures, and no share is given before `threshold`
-holders have signed the same list: that is the paper's consistency check. A server that chooses the members can still
-choose its own accomplices, and may ask for several sums: neither is hidden here, nor what a sum itself tells (that is
-what differential privacy is for).
+while fewer than 2 * threshold - holders of the holders collude with it. In an unsigned session (`Terms.signed` off) the
+server could still show different clients different lists, and come to a sum of fewer than `threshold` rows, or make up
+the keys of all the other clients and so learn a row. Signed, with keys that clients know of each other beforehand and
+not from the server, advertised keys and the list of survivors carry Ed25519 signatures, and no share is given before
+`threshold` holders have signed the same list: that is the paper's consistency check. A server that chooses the members
+can still choose its own accomplices, and may ask for several sums: neither is hidden here, nor what a sum itself tells
+(that is what differential privacy is for).
 
 What a client that breaks the protocol can do. It can send any row: the server sees no norms, no values that are not
 finite, no distances, so that no check, screen or weigher sees a single update. What can be bounded is a group's sum

@@ -43,7 +43,7 @@ class Client:
         self.terms = terms
         self.name = name
         self.unopened: tuple[str, ...] = ()
-        """Whose shares could not be opened: what they hold cannot be recovered with this client's help."""
+        """Whose shares could not be opened: their secrets have to be recovered without this client."""
         self._place = terms.places[name]
         self._signer = signer
         self._sealing, self._masking = KeyPair(), KeyPair()
