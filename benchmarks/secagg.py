@@ -5,9 +5,10 @@
 
 Whole sessions on one core, with all messages; nobody lost, and a fifth of the group lost after it had shared its keys,
 which is the dearest moment. A group of 100 as well, with everybody everybody's neighbour and with 20 neighbours each.
-The least of the repeats counts; a client's figure is the median of its group's. The limit is what AES-256 in counter
-mode takes for as much keystream as there are masks, measured in turns with them. Beside it the same steps with Flower's
-own functions, where they are installed, in turns with ours. Writes results/secagg.json.
+Sessions are in seconds of the processor; the least of the repeats counts, a client's figure is the median of its
+group's. The limit is what AES-256 in counter mode takes for as much keystream as there are masks, measured in turns
+with them. Beside it the same steps with Flower's own functions, where they are installed, in turns with ours. Writes
+results/secagg.json.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def measured(columns: int, size: int, lost: int, degree: int, repeats: int) -> d
 
 
 def session(words: dict[str, Words], lost: int, degree: int) -> dict[str, float]:
-    """Play one session: ms of the server and of the median client, bytes of the median client."""
+    """Play one session: CPU ms of the server and of the median client, bytes of the median client."""
     gone = set(list(words)[:lost])
     columns = len(words["c0"])
     terms = Terms.drawn(list(words), columns, threshold=degree // 2 + 1 if degree else None, degree=degree)
@@ -116,9 +117,9 @@ def session(words: dict[str, Words], lost: int, degree: int) -> dict[str, float]
     server_seconds = 0.0
 
     def timed(name: str, call: Any) -> bytes:
-        start = time.perf_counter()
+        start = time.thread_time()
         data: bytes = call()
-        spent[name] += time.perf_counter() - start
+        spent[name] += time.thread_time() - start
         up[name] += len(data)
         return data
 
@@ -129,11 +130,11 @@ def session(words: dict[str, Words], lost: int, degree: int) -> dict[str, float]
     server = Server(terms)
     while server.stage != "done":
         there = words.keys() - gone if server.stage in ("rows", "unmask") else words.keys()
-        start = time.perf_counter()
+        start = time.thread_time()
         for name in answers.keys() & there:
             assert server.offer(name, answers[name]) is None
         orders = server.advance()
-        server_seconds += time.perf_counter() - start
+        server_seconds += time.thread_time() - start
         for name, data in orders.items():
             down[name] += len(data)
         answers = {name: timed(name, lambda n=name, d=data: clients[n].answer(d)) for name, data in orders.items()}

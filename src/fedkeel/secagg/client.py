@@ -97,9 +97,9 @@ class Client:
                 raise ProtocolError(f"the keys of '{terms.members[other]}' are not signed by it")
         agreed = {o: self._sealing.agree(entry[:KEY]) for o, entry in message.keys.items() if o != place}
         points = [other + 1 for other in message.keys]
-        seeds = shamir.split(self._seed, terms.threshold, points)
-        keys_ = shamir.split(self._masking.private, terms.threshold, points)
-        parts = {point - 1: seeds[point] + keys_[point] for point in points}
+        of_seed = shamir.split(self._seed, terms.threshold, points)
+        of_key = shamir.split(self._masking.private, terms.threshold, points)
+        parts = {point - 1: of_seed[point] + of_key[point] for point in points}
         self._held = {place: parts[place]}
         self._peers = {other: entry[KEY : 2 * KEY] for other, entry in message.keys.items()}
         self._agreed = agreed
