@@ -48,6 +48,13 @@ def test_a_row_is_within_a_unit_of_its_clipped_self(values, bound, rows, roundin
             assert math.fsum(v * v for v in found / bound) <= 1
 
 
+def test_rounding_towards_zero_keeps_the_norm_to_the_last_bit():
+    """In integers, on a grid so fine that rounding itself would not make up for an error of float64."""
+    grid = Grid.finest(1.0, 1, by="norm", rounding="zero", bits=64)
+    for row in torch.randn(500, 40, generator=Key(2).torch()) * 3:
+        assert sum(int(q) ** 2 for q in signed(grid.encode(row))) <= grid.levels**2
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.floats(1e-30, 1e30), st.integers(1, 2**20), st.sampled_from([32, 64]))
 def test_the_finest_grid_is_the_finest_power_of_two_that_holds_the_sum(bound, rows, bits):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sessions import Session
 
 from fedkeel.core.errors import CohortError, DecodeError, InputError
-from fedkeel.secagg import messages, shamir
+from fedkeel.secagg import crypto, messages, shamir
 from fedkeel.secagg.client import Client, Signer
 from fedkeel.secagg.crypto import KeyPair
 from fedkeel.secagg.messages import Consents, Delivery, Keys, Survivors, Unmask
@@ -218,6 +218,26 @@ def test_signatures_of_others_or_of_lost_clients_do_not_count():
     assert client.answer(session.orders["c0"])
 
 
+def test_who_is_lost_has_no_voice():
+    """A client that colludes signs a list without itself."""
+    session = Session(6, signed=True).until("unmask", {"rows": ["c5"]})
+    signatures = dict(messages.read(session.orders["c0"], session.terms).signatures)
+    text = crypto.survivors_text(session.terms, frozenset(range(5)))
+    signatures[5] = crypto.sign(session.private["c5"], text)
+    del signatures[1]
+    with pytest.raises(ProtocolError, match=r"4 of those who hold .* have signed"):
+        session.clients["c0"].answer(messages.write(Consents(signatures), session.terms))
+
+
+def test_a_signature_of_other_survivors_is_refused_and_costs_its_client_only():
+    session = Session(6, signed=True).until("consents")
+    text = crypto.survivors_text(session.terms, frozenset(range(5)))
+    bad = messages.write(messages.Consent("c3", crypto.sign(session.private["c3"], text)), session.terms)
+    assert "not signed" in session.server.offer("c3", bad).reason
+    session.until("done", {"consents": ["c3"]})
+    assert session.server.total().tolist() == session.sum_of(session.terms.members)
+
+
 def test_a_session_is_signed_for_both_or_for_neither():
     unsigned, signed = Session(3), Session(3, signed=True)
     with pytest.raises(InputError, match="has no key to sign with"):
@@ -249,6 +269,18 @@ def test_a_wrong_share_is_left_out_where_there_are_more_than_enough(liar):
     assert session.server.total().tolist() == session.sum_of(["c0", "c1", "c3", "c4", "c5"])
     assert list(session.server.doubted) == [liar]
     assert "'c1' does not fit" in session.server.doubted[liar].reason
+
+
+def test_a_liars_shares_are_tried_last_once_it_was_seen(monkeypatch):
+    asked = []
+    recover = shamir.recover
+    monkeypatch.setattr(shamir, "recover", lambda shares, *more: asked.append(list(shares)) or recover(shares, *more))
+    session = Session(6, threshold=4).until("unmask")
+    lies = dict.fromkeys(range(6), bytes(shamir.SHARE))
+    session.answers["c1"] = messages.write(Unmask("c1", lies, {}), session.terms)
+    session.step()
+    assert asked == [[1, 2, 3, 4, 5, 6]] + [[1, 3, 4, 5, 6, 2]] * 5
+    assert session.server.total().tolist() == session.sum_of(session.terms.members)
 
 
 def test_a_wrong_share_among_just_enough_ends_the_group():

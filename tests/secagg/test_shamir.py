@@ -109,3 +109,8 @@ def test_what_is_no_element_of_the_field():
     assert shamir.valid((shamir.PRIME - 1).to_bytes(33, "little"))
     with pytest.raises(ValueError, match="32 bytes"):
         shamir.split(bytes(33), 2, [1, 2])
+
+
+def test_a_value_that_is_no_secret_is_passed_over():
+    shares = {point: shamir.evaluate((2**256 + 5, 7), point).to_bytes(33, "little") for point in (1, 2)}
+    assert shamir.recover(shares, 2, lambda s: True) is None

@@ -132,7 +132,7 @@ def _table(width: Callable[[Terms], int]) -> _Field:
 
     def read(data: bytes, terms: Terms) -> dict[int, bytes]:
         entry = _PLACE.size + width(terms)
-        if len(data) % entry or len(data) > entry * len(terms.members):
+        if len(data) % entry:
             raise DecodeError(f"{len(data)} bytes are no table of {entry} bytes a place")
         table: dict[int, bytes] = {}
         last = -1

@@ -198,9 +198,8 @@ class Server:
 
     def _unmask(self) -> dict[str, bytes]:
         terms = self.terms
-        rows, lost = terms.secrets(self._shared, self._rows)
-        seeds = [(self._recovered(place), -1) for place in rows]
-        for place in lost:
+        seeds = [(self._recovered(place), -1) for place in sorted(self._rows)]
+        for place in sorted(self._shared - self._rows):
             pair = KeyPair(self._recovered(place))
             for other in sorted(terms.holders(place) & self._rows):
                 shared = pair.agree(self._keys[other][KEY : 2 * KEY])

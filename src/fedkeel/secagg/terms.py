@@ -147,18 +147,15 @@ class Terms:
             raise CohortError(self._too_few(len(present), "are there"))
         return left
 
-    def secrets(self, shared: Set[int], rows: Set[int]) -> tuple[list[int], list[int]]:
-        """Whose seed and whose mask key the sum of `rows` takes: the survivors', and the lost neighbours' of some."""
-        lost = sorted(place for place in shared - rows if self.holders(place) & rows)
-        return sorted(rows), lost
-
     def check_recovery(self, shared: Set[int], rows: Set[int], answering: Set[int]) -> None:
-        """Raise `CohortError` unless enough of `answering` hold shares of everybody whose secret the sum takes."""
+        """Raise `CohortError` unless enough of `answering` hold shares of all whose secrets the sum of `rows` takes.
+
+        It takes the seeds of those whose rows came, and the mask keys of the others who had shared.
+        """
         if not rows:
             raise CohortError(self._too_few(0, "sent a row"))
-        for place in (each for some in self.secrets(shared, rows) for each in some):
-            if len(self.holders(place) & answering) < self.threshold:
-                raise CohortError(self._too_few(len(answering), "stayed to unmask the sum"))
+        if any(len(self.holders(place) & answering) < self.threshold for place in shared):
+            raise CohortError(self._too_few(len(answering), "stayed to unmask the sum"))
 
     def _too_few(self, count: int, what: str) -> str:
         of = f" of each one's {self.holding} holders" if self.degree else ""
