@@ -190,6 +190,12 @@ def _patches(part: nn.Conv2d, x: Tensor) -> Tensor:
     return windows.permute(0, 1, 4, 5, 2, 3).reshape(b, c * kh * kw, height * width).transpose(1, 2)
 
 
+def _sizes(rows: Tensor) -> Tensor:
+    """L2 norms (b,) of rows (b, n)."""
+    found: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return found
+
+
 class _Gradients(Protocol):
     """A parameter's gradient for each of the examples."""
 
@@ -207,7 +213,7 @@ class _Each:
         self.g = g.reshape(len(g), -1)
 
     def squares(self) -> Tensor:
-        return torch.linalg.vector_norm(self.g, dim=1).square()
+        return _sizes(self.g).square()
 
     def add_up(self, factors: Tensor, out: Tensor) -> None:
         torch.mm(factors[None], self.g, out=out.view(1, -1))
@@ -221,8 +227,7 @@ class _Ghosts:
 
     def squares(self) -> Tensor:
         if self.a.shape[1] == 1:
-            sizes = [torch.linalg.vector_norm(t.squeeze(1), dim=1) for t in (self.a, self.d)]
-            return (sizes[0] * sizes[1]).square()
+            return (_sizes(self.a.squeeze(1)) * _sizes(self.d.squeeze(1))).square()
         grams = [torch.bmm(t, t.transpose(1, 2)) for t in (self.a, self.d)]
         return (grams[0] * grams[1]).sum((1, 2)).clamp(min=0)  # rounding may take it below
 

@@ -51,7 +51,7 @@ class OneByOne:
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         data, total = self.loop.data, torch.zeros_like(self.loop.theta)
         norms, losses = torch.empty(2, len(rows), device=total.device)
-        for at, row in enumerate(rows.split(1)):
+        for at, row in enumerate(torch.split(rows, 1)):
             g, loss = self.loop.gradient(data.prepare(data.x[row]), data.y[row])
             norms[at], losses[at] = g.norm(), loss.squeeze(0)
             total += g * (self.norm / norms[at]).clamp(max=1)
@@ -142,7 +142,7 @@ def check_module(module: nn.Module, data: ClientData) -> None:
                     "without such a buffer (GroupNorm, not BatchNorm)"
                 )
         with evaluating(module):
-            together, alone = module(x), torch.cat([module(one) for one in x.split(1)])
+            together, alone = module(x), torch.cat([module(one) for one in torch.split(x, 1)])
     if not torch.allclose(together, alone, _TOLERANCE, _TOLERANCE * float(together.abs().max()), equal_nan=True):
         raise InputError(
             "the model's output for an example depends on the others in its batch, so that none has a gradient of its "

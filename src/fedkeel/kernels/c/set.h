@@ -5,6 +5,7 @@
 #include "step.h"
 #include "rows.h"
 #include "codec.h"
+#include "normal.h"
 
 #undef NAME
 #undef V
