@@ -18,6 +18,7 @@ from fedkeel.core.errors import needs_extra
 from fedkeel.core.keys import Key
 from fedkeel.kernels.normal import normals
 
+_ZEROS = memoryview(bytes(1 << 16))  # what is enciphered
 _FINE = 30
 """Bits of a grid below the standard deviation of the noise, or the bound of a row."""
 
@@ -47,8 +48,9 @@ class Noise:
             self._begin()
         if not count:
             return torch.zeros(0, dtype=torch.int64)
-        room = bytearray(8 * count + 15)  # the cipher asks for a block more
-        self._cipher.update_into(bytes(8 * count), room)
+        room = memoryview(bytearray(8 * count + 15))  # the cipher asks for a block more
+        for at in range(0, 8 * count, len(_ZEROS)):
+            self._cipher.update_into(_ZEROS[: 8 * count - at], room[at:])
         return torch.frombuffer(room, dtype=torch.int64, count=count)
 
     def normals(self, count: int) -> Tensor:

@@ -31,11 +31,15 @@ from fedkeel.train.objective import batch_losses
 from fedkeel.train.record import Graph, Recorder
 
 aten = torch.ops.aten
+_SIZES = 8  # of batches up to the size that is expected
 _Hook = Callable[[str, Tensor, Tensor], Tensor]
 
 
 class RecordedGradients:
-    """`Clipped`, by a program for each size of batch, recorded when it is met."""
+    """`Clipped`, by a program for each size of batch, recorded when it is met.
+
+    As every draw has its own size they are few: batches are filled up, by an example of theirs that counts for nothing.
+    """
 
     def __init__(
         self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, vector: Tensor, norm: float
@@ -48,15 +52,21 @@ class RecordedGradients:
         self.inputs = {f"w.{name}": view for name, view in layout.views(vector).items()}
         self.inputs |= {f"sum.{e.name}": self.sum[layout.offsets[e.name]].view(e.shape) for e in self.trained}
         self.layers = self._find_layers()
+        self.apart = -(-work.batch_size // _SIZES)
         self._known: dict[int, StepFunction] = {}
-        self._program(work.batch_size)
+        self._program(-(-work.batch_size // self.apart) * self.apart)
 
     def mode(self) -> AbstractContextManager[None]:
         return torch.inference_mode()
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count, size = len(rows), -(-len(rows) // self.apart) * self.apart
+        if count < size:
+            rows = torch.cat([rows, rows[:1].expand(size - count)])
+        counts = torch.zeros(size, device=rows.device)
+        counts[:count] = 1
         x = self.arrange(self.data.prepare(self.data.x.index_select(0, rows)))
-        norms, losses = self._program(len(rows))(x, self.data.y.index_select(0, rows))
+        norms, losses = self._program(size)(x, self.data.y.index_select(0, rows), counts)[:, :count]
         return self.sum, norms, losses
 
     def _find_layers(self) -> dict[str, tuple[int, ...]]:
@@ -90,8 +100,9 @@ class RecordedGradients:
                 # Of the labels only type and shape count here, and one that the model does not have fails its client.
                 y = self.data.y[rows]
                 given["y"] = y if y.is_floating_point() else torch.zeros_like(y)
+                given["counts"] = torch.ones(size, device=self.sum.device)
                 graph, result = self._record(given, size)
-            self._known[size] = Program(graph, result, ("x", "y")).bind(self.inputs)
+            self._known[size] = Program(graph, result, ("x", "y", "counts")).bind(self.inputs)
         return self._known[size]
 
     def _record(self, given: dict[str, Tensor], size: int) -> tuple[Graph, int]:
@@ -124,7 +135,7 @@ class RecordedGradients:
                 for layer, a in seen.items():
                     found |= self._of_layer(layer, a, tapped[layer])
                 norms = torch.stack([part.squares() for part in found.values()]).sum(0).sqrt()
-                factors = (self.norm / norms).clamp(max=1)
+                factors = (self.norm / norms).clamp(max=1) * given["counts"]
                 for name, part in found.items():
                     part.add_up(factors, given[f"sum.{name}"])
                 result = torch.stack([norms, losses])

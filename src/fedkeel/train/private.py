@@ -25,6 +25,7 @@ from fedkeel.train.evaluate import evaluating
 from fedkeel.train.loop import LoopStep
 
 _MOST = 0x7FFF_FFFF_FFFF_FFFF
+_BLOCK = 1 << 15  # columns at a time, whose noise stays in the cache
 _TRIED = 4  # examples that a module is checked with
 _TOLERANCE = 1e-4  # relative, of outputs alone and in a batch
 
@@ -67,6 +68,7 @@ class PrivateStep:
     def __init__(self, loop: LoopStep, clipped: Clipped, given: ExampleNoise) -> None:
         self.loop, self.clipped, self.given = loop, clipped, given
         self.vector = loop.vector
+        self.g = torch.zeros_like(loop.theta)
         self.noise: Noise | None = None  # the client's own, made in the process that trains it
 
     def mode(self) -> AbstractContextManager[None]:
@@ -80,14 +82,18 @@ class PrivateStep:
         assert self.noise is not None
         expected = min(self.loop.work.batch_size, len(rows))
         batch = rows[drawn(self.noise, len(rows), expected).to(rows.device)]
-        # In float64, rounded once: what comes out has no bits of the sum that noise this fine did not cover.
-        noise = self.noise.normals(len(self.loop.theta)).mul_(self.given.noise * self.given.norm).to(rows.device)
         losses = torch.empty(0, device=rows.device)
+        self.g.zero_()
         if len(batch):
             total, norms, losses = self.clipped(batch)
-            noise.add_(total)
+            self.g.copy_(total)
             losses = torch.where(norms.isfinite(), losses, norms)
-        self.loop.descend(noise.div_(expected).to(torch.float32))
+        size = self.given.noise * self.given.norm
+        # In float64, rounded once: what comes out has no bits of the sum that noise this fine did not cover.
+        for part in torch.split(self.g, _BLOCK):
+            noise = self.noise.normals(len(part)).to(part.device)
+            part.copy_(noise.mul_(size).add_(part).div_(expected))
+        self.loop.descend(self.g)
         return losses
 
 
