@@ -15,12 +15,12 @@ from fedkeel.core.registry import build
 from fedkeel.core.types import ExampleNoise
 from fedkeel.train.client import Client, Step, single_thread
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trainer
+from fedkeel.train.each import NativeGradients
 from fedkeel.train.ghost import RecordedGradients
 from fedkeel.train.loop import LoopStep
 from fedkeel.train.native import NativeStep
 from fedkeel.train.pool import RAISED, InProcess, Pool, can_fork
 from fedkeel.train.private import OneByOne, PrivateClient, PrivateStep, check_module
-from fedkeel.train.record import NotTraceableError
 from fedkeel.train.rows import Rows
 from fedkeel.train.traced import TracedStep
 
@@ -169,9 +169,8 @@ def _noised_step(
     loop = LoopStep(module, layout, data, work)
     if backend == "loop":
         return PrivateStep(loop, OneByOne(loop, given.norm), given)
-    if backend == "native":
-        raise NotTraceableError("it has no gradients of single examples, which noise on them needs")
-    return PrivateStep(loop, RecordedGradients(module, layout, data, work, loop.vector, given.norm), given)
+    kind = NativeGradients if backend == "native" else RecordedGradients
+    return PrivateStep(loop, kind(module, layout, data, work, loop.vector, given.norm), given)
 
 
 def _step(

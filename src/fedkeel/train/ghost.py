@@ -28,18 +28,15 @@ from fedkeel.train.contract import ClientData, LocalWork
 from fedkeel.train.emit import Program, StepFunction
 from fedkeel.train.fuse import reuse_memory, simplify
 from fedkeel.train.objective import batch_losses
+from fedkeel.train.private import filled
 from fedkeel.train.record import Graph, Recorder
 
 aten = torch.ops.aten
-_SIZES = 8  # of batches up to the size that is expected
 _Hook = Callable[[str, Tensor, Tensor], Tensor]
 
 
 class RecordedGradients:
-    """`Clipped`, by a program for each size of batch, recorded when it is met.
-
-    As every draw has its own size they are few: batches are filled up, by an example of theirs that counts for nothing.
-    """
+    """`Clipped`, by a program for each size of batch; what fills a batch up counts for nothing."""
 
     def __init__(
         self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, vector: Tensor, norm: float
@@ -52,21 +49,18 @@ class RecordedGradients:
         self.inputs = {f"w.{name}": view for name, view in layout.views(vector).items()}
         self.inputs |= {f"sum.{e.name}": self.sum[layout.offsets[e.name]].view(e.shape) for e in self.trained}
         self.layers = self._find_layers()
-        self.apart = -(-work.batch_size // _SIZES)
         self._known: dict[int, StepFunction] = {}
-        self._program(-(-work.batch_size // self.apart) * self.apart)
+        self._program(len(filled(torch.arange(work.batch_size), work.batch_size)))
 
     def mode(self) -> AbstractContextManager[None]:
         return torch.inference_mode()
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count, size = len(rows), -(-len(rows) // self.apart) * self.apart
-        if count < size:
-            rows = torch.cat([rows, rows[:1].expand(size - count)])
-        counts = torch.zeros(size, device=rows.device)
+        count, rows = len(rows), filled(rows, self.work.batch_size)
+        counts = torch.zeros(len(rows), device=rows.device)
         counts[:count] = 1
         x = self.arrange(self.data.prepare(self.data.x.index_select(0, rows)))
-        norms, losses = self._program(size)(x, self.data.y.index_select(0, rows), counts)[:, :count]
+        norms, losses = self._program(len(rows))(x, self.data.y.index_select(0, rows), counts)[:, :count]
         return self.sum, norms, losses
 
     def _find_layers(self) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,7 @@ from fedkeel.train.loop import LoopStep
 
 _MOST = 0x7FFF_FFFF_FFFF_FFFF
 _BLOCK = 1 << 15  # columns at a time, whose noise stays in the cache
+_SIZES = 8  # of recorded batches, up to the size that is expected
 _TRIED = 4  # examples that a module is checked with
 _TOLERANCE = 1e-4  # relative, of outputs alone and in a batch
 
@@ -101,6 +102,12 @@ def drawn(noise: Noise, count: int, expected: int) -> Tensor:
     """Which of `count` examples are in a batch, (b,) int64: each by itself, with probability expected / count."""
     below = (expected << 63) // count
     return ((noise.words(count) & _MOST) <= below - 1).nonzero().squeeze(1)
+
+
+def filled(rows: Tensor, expected: int) -> Tensor:
+    """As every draw has its own size: the rows, and the first of them again up to one of a few sizes."""
+    apart = -(-expected // _SIZES)
+    return torch.cat([rows, rows[:1].expand(-len(rows) % apart)])
 
 
 class PrivateClient(Client):

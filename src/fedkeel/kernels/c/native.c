@@ -72,7 +72,14 @@ enum {
     CONV_WEIGHT,
     POOL,
     POOL_BACKWARD,
+    CONV_EACH,
+    NORM_ROWS,
+    NORM_LAST,
+    FACTORS,
+    SCALE_ROWS,
+    WEIGH_LAST,
 };
+enum { WITHOUT_WEIGHT, WITH_WEIGHT };
 
 /* A convolution from `in` to `out` channels, or a pooling, as conv.h has them; train/lower.py writes the same fields.
    `packed` and `widened` are memory to work in. */

@@ -2,6 +2,7 @@
 
 #include "simd.h"
 #include "conv.h"
+#include "each.h"
 #include "step.h"
 #include "rows.h"
 #include "codec.h"
