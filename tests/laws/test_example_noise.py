@@ -26,7 +26,9 @@ from fedkeel.core.types import ExampleNoise
 from fedkeel.kernels import native
 from fedkeel.kernels.normal import normals
 from fedkeel.train import ClientData, LocalWork, Task, Trained, make_trainer
+from fedkeel.train.backends import fits
 from fedkeel.train.client import single_thread, tell
+from fedkeel.train.each import NativeGradients
 from fedkeel.train.ghost import RecordedGradients
 from fedkeel.train.loop import LoopStep
 from fedkeel.train.private import Clipped, OneByOne, drawn
@@ -64,15 +66,12 @@ class Strided(nn.Module):
         return self.body(x)
 
 
-class Deaf(nn.Module):
-    """Its output is its input's mean: no gradient moves its weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(64, 300)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1).mean(1, keepdim=True) + 0 * self.layer(x.flatten(1)).sum(1, keepdim=True)
+def lenet() -> nn.Module:
+    """Convolutions with and without a bias, and more channels than a kernel takes at a time."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(6, 9, 2, padding=1, bias=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(144, 17), nn.Sigmoid(), nn.Linear(17, 4, bias=False),
+    )  # fmt: skip
 
 
 class Root(nn.Module):
@@ -98,10 +97,13 @@ class Mixing(nn.Module):
         return h - h.mean(0)
 
 
-BACKENDS = ("loop", "traced")
+NATIVE = pytest.param("native", marks=compiled)
+BACKENDS = ("loop", "traced", NATIVE)
+COMPILED = ("mlp", "frozen", "private", "lenet")
 TRAINED = {name: CASES[name] for name in ("mlp", "cnn", "frozen", "group_norm", "attention", "text", "private")}
 TRAINED |= {
     "low_rank": replace(CASES["low_rank"], private=("a",)),
+    "lenet": Case(lenet, "image"),
     "words": Case(Words, "text"),
     "strided": Case(Strided),
 }
@@ -137,19 +139,33 @@ def same(found: dict[int, Trained], expected: dict[int, Trained]) -> None:
             torch.testing.assert_close(got.private, want.private, rtol=1e-4, atol=3e-6)
 
 
-@pytest.mark.parametrize("size", [1, BATCH, 100])  # mostly empty draws, some, and everybody in every one
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(  # empty draws most of the time, now and then, and everybody in every draw
+    ("name", "size"), [(n, size) for n in TRAINED for size in (1, BATCH, 100) if size == BATCH or n in COMPILED]
+)
 def test_all_at_once_equals_one_by_one(name: str, size: int) -> None:
     case = TRAINED[name]
     work = noised(work_of(case, build("correction", "fedprox", mu=0.3), stopping=build("stopping", "steps", steps=4)))
     work = replace(work, batch_size=size)
-    same(outcomes("traced", case, work), outcomes("loop", case, work))
+    expected = outcomes("loop", case, work)
+    same(outcomes("traced", case, work), expected)
+    if name in COMPILED and not isinstance(native.library(), str):
+        same(outcomes("native", case, work), expected)
+
+
+@compiled
+@pytest.mark.parametrize("name", sorted(TRAINED.keys() - set(COMPILED)))
+def test_the_compiled_kernels_say_what_they_can_not_take_apart(name: str) -> None:
+    case = TRAINED[name]
+    module = module_of(case)
+    assert fits("native", module, Layout.of(module, case.private), data_of(case), noised(work_of(case)))
 
 
 @pytest.mark.parametrize("rule", ["sgd(momentum=0.9)", "adam"])
 def test_the_optimiser_is_given_what_the_noise_left(rule: str) -> None:
     work = replace(noised(work_of(CASES["mlp"])), optimiser=parse("optimiser", rule), lr=0.01)
-    same(outcomes("traced", CASES["mlp"], work), outcomes("loop", CASES["mlp"], work))
+    expected = outcomes("loop", CASES["mlp"], work)
+    same(outcomes("traced", CASES["mlp"], work), expected)
+    same(outcomes("auto", CASES["mlp"], work), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -196,20 +212,24 @@ def test_a_fork_does_not_repeat_its_parents_noise() -> None:
     os.close(write)
 
 
-def gradients(case: Case, norm: float) -> tuple[nn.Module, ClientData, Layout, list[Clipped]]:
+def gradients(name: str, norm: float) -> tuple[nn.Module, ClientData, Layout, list[Clipped]]:
     """A case's sums of clipped gradients, one by one and all at once."""
+    case = TRAINED[name]
     module, data, work = module_of(case), data_of(case), work_of(case)
     layout = Layout.of(module)
     loop = LoopStep(module, layout, data, work)
     loop.vector.copy_(layout.flatten(module))
     loop.begin(tell((), {}, {}, layout))
-    both: list[Clipped] = [OneByOne(loop, norm), RecordedGradients(module, layout, data, work, loop.vector, norm)]
-    return module, data, layout, both
+    given = module, layout, data, work, loop.vector, norm
+    found: list[Clipped] = [OneByOne(loop, norm), RecordedGradients(*given)]
+    if not isinstance(native.library(), str) and name in COMPILED:
+        found.append(NativeGradients(*given))
+    return module, data, layout, found
 
 
-@pytest.mark.parametrize(("name", "norm"), [("mlp", 0.4), ("mlp", 100.0), ("cnn", 1.2), ("group_norm", 1.2)])
+@pytest.mark.parametrize(("name", "norm"), [("mlp", 0.4), ("mlp", 100.0), ("lenet", 1.2), ("group_norm", 1.2)])
 def test_norms_and_clipped_sums_are_those_of_opacus(name: str, norm: float) -> None:
-    module, data, layout, both = gradients(CASES[name], norm)
+    module, data, layout, both = gradients(name, norm)
     rows = torch.tensor([0, 3, 4, 17, 30, 41, 48])
     with warnings.catch_warnings(), single_thread():
         warnings.simplefilter("ignore")  # its hooks, on inputs that need no gradient
@@ -234,9 +254,9 @@ def test_norms_and_clipped_sums_are_those_of_opacus(name: str, norm: float) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", "lenet"])
 def test_without_noise_and_clipping_a_step_on_all_examples_is_that_of_gradient_descent(name: str, backend: str) -> None:
-    case = CASES[name]
+    case = TRAINED[name]
     plain = replace(work_of(case, stopping=build("stopping", "steps", steps=1)), batch_size=max(COUNTS))
     expected = outcomes("loop", case, plain)
     found = outcomes(backend, case, noised(plain, norm=1e6, noise=0.0, reproducible=False))
@@ -247,9 +267,13 @@ def test_without_noise_and_clipping_a_step_on_all_examples_is_that_of_gradient_d
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_noise_of_a_step_has_the_deviation_that_it_says(backend: str) -> None:
-    """Of a model that no loss depends on: all that moves it is noise, also where nobody is drawn."""
-    module, data = Deaf(), data_of(CASES["regression"], (40,))
-    work = noised(work_of(CASES["regression"], stopping=build("stopping", "steps", steps=1)), norm=3.0, noise=0.5)
+    """Of a loss that passes over all labels: all that moves the model is noise, also where nobody is drawn."""
+    module, data = (
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 4)),
+        data_of(CASES["mlp"], (40,)),
+    )
+    data.y.fill_(-100)
+    work = noised(work_of(CASES["mlp"], stopping=build("stopping", "steps", steps=1)), norm=3.0, noise=0.5)
     for size in (1, 8, 64):
         layout = Layout.of(module)
         trainer = make_trainer(backend, module, layout, data, replace(work, batch_size=size), workers=1)
@@ -280,29 +304,34 @@ def test_draws_are_poisson_samples() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_that_is_not_finite_fails_its_client_alone(backend: str) -> None:
-    """Of the second client the loss is NaN; of the third it is finite, with the slope of a root at zero."""
+    """Of client 2 the loss is NaN; of client 3 it is finite, and its slope is not (no kernel has one)."""
     data = data_of(CASES["mlp"])
     x = data.x.float()
-    x[data.offsets[2] + 1], x[data.offsets[3] + 1] = math.nan, 127.5
+    x[data.offsets[2] + 1] = math.nan
+    if backend != "native":
+        x[data.offsets[3] + 1] = 127.5
     work = noised(work_of(CASES["mlp"], stopping=build("stopping", "epochs", epochs=4)))
-    found = outcomes(backend, Case(Root), work, replace(data, x=x))
+    found = outcomes(backend, Case(mlp if backend == "native" else Root), work, replace(data, x=x))
     failed = {client: one.failure for client, one in found.items() if one.failure}
-    assert failed.keys() == {2, 3}
+    assert failed.keys() == ({2} if backend == "native" else {2, 3})
     assert all("loss became" in str(reason) for reason in failed.values())
     assert all(bool(one.delta.isfinite().all()) for client, one in found.items() if client not in failed)
 
 
-def test_auto_is_the_fast_one_that_fits() -> None:
-    for name, chosen in (("mlp", "traced"), ("attention", "traced"), ("text", "traced"), ("dropout", "loop")):
-        module = module_of(CASES[name])
-        trainer = make_trainer("auto", module, Layout.of(module), data_of(CASES[name]), noised(work_of(CASES[name])))
+def test_auto_is_the_fastest_that_fits() -> None:
+    fastest = "traced" if isinstance(native.library(), str) else "native"
+    for name, chosen in (("mlp", fastest), ("lenet", fastest), ("attention", "traced"), ("dropout", "loop")):
+        case = {**CASES, **TRAINED}[name]
+        module = module_of(case)
+        trainer = make_trainer("auto", module, Layout.of(module), data_of(case), noised(work_of(case)))
         assert trainer.name == chosen
 
 
-@pytest.mark.parametrize("backend", ["native", "rows"])
-def test_backends_without_gradients_of_single_examples_say_so(backend: str) -> None:
-    with pytest.raises(InputError, match=f"backend '{backend}' does not fit this model: .*: write|; write 'auto'"):
-        outcomes(backend, CASES["mlp"], noised(work_of(CASES["mlp"])))
+def test_clients_side_by_side_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"backend 'rows' does not fit this model: .* Poisson's sampling; write 'auto'"
+    ):
+        outcomes("rows", CASES["mlp"], noised(work_of(CASES["mlp"])))
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
