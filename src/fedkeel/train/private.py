@@ -19,6 +19,7 @@ from fedkeel.core.keys import Key
 from fedkeel.core.noise import Noise
 from fedkeel.core.registry import Rule
 from fedkeel.core.types import ExampleNoise
+from fedkeel.kernels.normal import add_noise
 from fedkeel.train.client import Client, Outcome, Step, Told, first_failure, seeded, steps_wanted, succeeded
 from fedkeel.train.contract import ClientData, Task
 from fedkeel.train.evaluate import evaluating
@@ -26,7 +27,7 @@ from fedkeel.train.loop import LoopStep
 
 _MOST = 0x7FFF_FFFF_FFFF_FFFF
 _BLOCK = 1 << 15  # columns at a time, whose noise stays in the cache
-_SIZES = 8  # of recorded batches, up to the size that is expected
+_SIZES = 4  # of recorded batches, up to the size that is expected
 _TRIED = 4  # examples that a module is checked with
 _TOLERANCE = 1e-4  # relative, of outputs alone and in a batch
 
@@ -84,16 +85,15 @@ class PrivateStep:
         expected = min(self.loop.work.batch_size, len(rows))
         batch = rows[drawn(self.noise, len(rows), expected).to(rows.device)]
         losses = torch.empty(0, device=rows.device)
-        self.g.zero_()
         if len(batch):
             total, norms, losses = self.clipped(batch)
             self.g.copy_(total)
             losses = torch.where(norms.isfinite(), losses, norms)
-        size = self.given.noise * self.given.norm
+        else:
+            self.g.zero_()
         # In float64, rounded once: what comes out has no bits of the sum that noise this fine did not cover.
         for part in torch.split(self.g, _BLOCK):
-            noise = self.noise.normals(len(part)).to(part.device)
-            part.copy_(noise.mul_(size).add_(part).div_(expected))
+            add_noise(part, self.noise.normals(len(part)), self.given.noise * self.given.norm, 1 / expected)
         self.loop.descend(self.g)
         return losses
 
@@ -144,7 +144,8 @@ def check_module(module: nn.Module, data: ClientData) -> None:
                 f"layer '{name}': BatchNorm mixes examples, so that none has a gradient of its own: use GroupNorm"
             )
     module = copy.deepcopy(module).train().to(data.x.device)
-    x = data.prepare(data.x[:_TRIED])
+    x = data.x[:_TRIED]
+    x = data.prepare(x.nan_to_num(0.0, 0.0, 0.0) if x.is_floating_point() else x)
     with torch.no_grad(), seeded(Key(0), x.device):
         before = {name: buffer.clone() for name, buffer in module.named_buffers()}
         module(x)

@@ -187,11 +187,12 @@ typedef struct {
     void (*peaks)(const float *, const int64_t *, int64_t, int32_t *);
     int64_t (*above)(const float *, int64_t, int32_t, int64_t, uint32_t *);
     void (*normals)(const int64_t *, int64_t, double *);
+    void (*noised)(const double *, int64_t, double, double, const float *, float *);
 } functions;
 
 #define FUNCTIONS(set)                                                                                                \
     {#set,            run_##set,        sq_norm_##set, select_##set, gram_##set,                                          \
-     quantise_##set, dequantise_##set, peaks_##set,   above_##set,  normals_##set}
+     quantise_##set, dequantise_##set, peaks_##set,   above_##set,  normals_##set, noised_##set}
 
 static const functions *chosen;
 static const functions base = FUNCTIONS(base);
@@ -275,7 +276,10 @@ EXPORT int64_t fedkeel_above(const float *x, int64_t n, int64_t least, int64_t r
     return chosen->above(x, n, (int32_t)least, room, out);
 }
 
-/* normal.h has it. */
+/* normal.h has these. */
 EXPORT void fedkeel_normals(const int64_t *words, int64_t pairs, double *out) { chosen->normals(words, pairs, out); }
+EXPORT void fedkeel_noised(const double *noise, int64_t n, double scale, double share, const float *x, float *out) {
+    chosen->noised(noise, n, scale, share, x, out);
+}
 
 #include "bits.h"

@@ -45,3 +45,9 @@ static void NAME(normals)(const int64_t *words, int64_t pairs, double *out) {
         out[pairs + j] = radius * up.value;
     }
 }
+
+/* out = (x + scale * noise) * share, rounded once. */
+static void NAME(noised)(const double *noise, int64_t n, double scale, double share, const float *x, float *out) {
+    ELEMENTWISE
+    for (int64_t j = 0; j < n; j++) out[j] = (float)(((double)x[j] + scale * noise[j]) * share);
+}
