@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fedkeel.core.errors import needs_extra
 from fedkeel.core.keys import Key
+from fedkeel.kernels.normal import normals
 
+_ZEROS = memoryview(bytes(1 << 16))  # what is enciphered
 _FINE = 30
 """Bits of a grid below the standard deviation of the noise, or the bound of a row."""
 
@@ -44,17 +46,16 @@ class Noise:
         """(count,) int64, every bit of them random."""
         if os.getpid() != self._process:
             self._begin()
-        return torch.frombuffer(bytearray(self._cipher.update(bytes(8 * count))), dtype=torch.int64)
+        if not count:
+            return torch.zeros(0, dtype=torch.int64)
+        room = memoryview(bytearray(8 * count + 15))  # the cipher asks for a block more
+        for at in range(0, 8 * count, len(_ZEROS)):
+            self._cipher.update_into(_ZEROS[: 8 * count - at], room[at:])
+        return torch.frombuffer(room, dtype=torch.int64, count=count)
 
     def normals(self, count: int) -> Tensor:
         """(count,) float64, by Box and Muller 1958: to 9.4 standard deviations, beyond which lies 1e-20."""
-        pairs = -(-count // 2)
-        if not pairs:
-            return torch.zeros(0, dtype=torch.float64)
-        radius, angle = self.words(2 * pairs).to(torch.float64).view(2, pairs)
-        radius.add_(0.5).abs_().mul_(2.0**-63).log_().mul_(-2).sqrt_()
-        angle.mul_(math.pi * 2.0**-63)
-        return torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())])[:count]
+        return normals(self.words(-(-count // 2) * 2))[:count]
 
 
 def unit_of(scale: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -25,7 +26,7 @@ class LocalWork:
     steps: asked once if it is static, at the end of every epoch otherwise. `loss` gives one loss per example;
     `objective` makes of the batch's what is descended, whose mean it is. `private_first` says how many steps train the
     private layers alone before; the steps proper then leave them as they are. `rate` changes lr over the `rounds`.
-    `example_noise` makes of each step one of DP-SGD.
+    `example_noise` makes of each step one of DP-SGD, on a batch drawn by Poisson's sampling.
     """
 
     batch_size: int
@@ -44,6 +45,8 @@ class LocalWork:
     def __post_init__(self) -> None:
         self.optimiser.init()  # says now what can not be meant
         require_once([rule.name for rule in self.corrections if {"memory", "control", "dial"} & rule.definition.traits])
+        if self.example_noise is not None:
+            self._check_noised(self.example_noise)
 
     def at(self, round: int) -> LocalWork:
         """The work of a round (from 1): itself, at that round's learning rate."""
@@ -95,6 +98,29 @@ class LocalWork:
         response = self._known.of(self)
         response.grow(min(int(max(counts, default=0)), _MEASURED_STEPS))
         return torch.tensor([response.after(int(k)) for k in counts], dtype=torch.float64)
+
+    def _check_noised(self, given: ExampleNoise) -> None:
+        """Raise `InputError` for what would tell of examples past the noise, or can not be scaled down one by one."""
+        if not (0 < given.norm < math.inf and 0 <= given.noise < math.inf):
+            raise InputError(
+                f"example noise of norm = {given.norm:g}, noise = {given.noise:g} is not valid: write a norm above 0, "
+                "and noise of 0 or more"
+            )
+        if self.objective.definition is not definition("objective", "plain"):
+            raise InputError(
+                f"train.objective = '{self.objective!r}' makes more of a batch than each example's loss, and noise is "
+                "added to examples' gradients: write 'plain'"
+            )
+        if self.private_first is not None:
+            raise InputError(
+                f"train.private_first = '{self.private_first!r}' does not go with noise on examples' gradients, which "
+                "are scaled down over all layers at once: leave it out"
+            )
+        if "static" not in self.stopping.definition.traits:
+            raise InputError(
+                f"train.stopping = '{self.stopping!r}' looks at losses, which tell of examples without noise: write "
+                "epochs or steps"
+            )
 
     def check(self) -> None:
         """Try what is particular to corrections. Raises `InputError` where they can not do what they claim."""

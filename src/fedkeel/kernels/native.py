@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-ABI = 10  # native.c has the same: a library built from other sources is left alone
+ABI = 11  # native.c has the same: a library built from other sources is left alone
 SETS = ("avx512", "avx2", "base")
 
 _OPERAND = np.dtype([("base", "<i8"), ("at", "<i8"), ("ld", "<i8")])
@@ -61,6 +61,10 @@ class Library:
         self.above = library.fedkeel_above
         self.above.argtypes = [pointer, *[number] * 3, pointer]
         self.above.restype = number
+        self.normals = library.fedkeel_normals
+        self.normals.argtypes = [pointer, number, pointer]
+        self.noised = library.fedkeel_noised
+        self.noised.argtypes = [pointer, number, ctypes.c_double, ctypes.c_double, pointer, pointer]
         self.pack, self.unpack = library.fedkeel_pack, library.fedkeel_unpack
         self.pack.argtypes = self.unpack.argtypes = [pointer, number, number, pointer]
         self.unary = library.fedkeel_unary

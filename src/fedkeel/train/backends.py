@@ -12,11 +12,15 @@ from fedkeel.core.errors import InputError, RunError, nearest
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import build
+from fedkeel.core.types import ExampleNoise
 from fedkeel.train.client import Client, Step, single_thread
 from fedkeel.train.contract import ClientData, LocalWork, Task, Trainer
+from fedkeel.train.each import NativeGradients
+from fedkeel.train.ghost import RecordedGradients
 from fedkeel.train.loop import LoopStep
 from fedkeel.train.native import NativeStep
 from fedkeel.train.pool import RAISED, InProcess, Pool, can_fork
+from fedkeel.train.private import OneByOne, PrivateClient, PrivateStep, check_module
 from fedkeel.train.rows import Rows
 from fedkeel.train.traced import TracedStep
 
@@ -54,6 +58,8 @@ def make_trainer(
         raise InputError(f"workers = {workers} is not valid: write 1 or more")
     device = torch.device(device)
     data = replace(data, x=data.x.to(device), y=data.y.to(device))
+    if work.example_noise is not None:
+        check_module(module, data)
     # A larger batch is the same batch, and would only cost memory where batches are padded.
     work = replace(work, batch_size=min(work.batch_size, int(data.offsets.diff().max())))
     if validation is not None:
@@ -122,6 +128,8 @@ def _sample(data: ClientData, work: LocalWork) -> tuple[ClientData, LocalWork, l
     offsets = torch.tensor([0, counts[0], sum(counts)])
     three = build("stopping", "steps", steps=3)
     few = replace(work, stopping=three, private_first=three if work.private_first else None)
+    if work.example_noise is not None:  # the same draws for both, and no noise to hide what differs
+        few = replace(few, example_noise=replace(work.example_noise, noise=0.0, reproducible=True))
     tasks = [Task(client, Key.root(client)) for client in range(2)]
     x, y = (t.nan_to_num() if t.is_floating_point() else t for t in (data.x[rows], data.y[rows]))
     return ClientData(x, y, offsets, data.prepare), few, tasks
@@ -144,12 +152,25 @@ def _client(
     work: LocalWork,
     validation: ClientData | None = None,
 ) -> Client:
+    if work.example_noise is not None:
+        noised = _noised_step(backend, module, layout, data, work, work.example_noise)
+        return PrivateClient(module, layout, data, work, noised, None, validation)
     if work.private_first is None:
         return Client(module, layout, data, work, _step(backend, module, layout, data, work), None, validation)
     private, shared = slice(0, layout.shared.start), slice(layout.shared.start, layout.trainable.stop)
     step = _step(backend, module, layout, data, work, None, shared)
     before = _step(backend, module, layout, data, work, step.vector, private)
     return Client(module, layout, data, work, step, before, validation)
+
+
+def _noised_step(
+    backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, given: ExampleNoise
+) -> PrivateStep:
+    loop = LoopStep(module, layout, data, work)
+    if backend == "loop":
+        return PrivateStep(loop, OneByOne(loop, given.norm), given)
+    kind = NativeGradients if backend == "native" else RecordedGradients
+    return PrivateStep(loop, kind(module, layout, data, work, loop.vector, given.norm), given)
 
 
 def _step(

@@ -69,7 +69,7 @@ def simplify(graph: Graph, roots: Sequence[int]) -> list[int]:
     stand_in = _forward_aliases(graph)
     found = [stand_in.get(value, value) for value in roots]
     _fold_constants(graph)
-    _drop_dead(graph, found)
+    drop_dead(graph, found)
     _align_pooling(graph)
     return found
 
@@ -118,7 +118,8 @@ def _fold_constants(graph: Graph) -> None:
     graph.nodes = kept
 
 
-def _drop_dead(graph: Graph, roots: Sequence[int]) -> None:
+def drop_dead(graph: Graph, roots: Sequence[int]) -> None:
+    """Keep what makes these values, or changes what is there."""
     needed = set(roots)
     kept = []
     for node in reversed(graph.nodes):

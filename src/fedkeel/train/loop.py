@@ -55,6 +55,12 @@ class LoopStep:
         return torch.cat([self._step(x, y) for x, y in batches(self.data, rows, self.work.batch_size, Tensor.detach)])
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        g, losses = self.gradient(x, y)
+        self.descend(g)
+        return losses
+
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (T,) of the batch's mean loss over the trainable columns, and each loss (B,); moves buffers."""
         leaf = self.theta.detach().requires_grad_()
         # Copies: autograd would take a buffer's change in place for a change of the weights in the same vector.
         state = self.state | {n: column.to(dtype, copy=True) for n, (column, dtype) in self.buffers.items()}
@@ -63,6 +69,14 @@ class LoopStep:
             start = self._named(self.theta0) if self.work.looks_back else {}
             descended, losses = batch_losses(self.module, self.layout, self.work, tensors, start, x, y)
             (g,) = torch.autograd.grad(descended.mean(), leaf)
+        with torch.no_grad():
+            for name, (column, _) in self.buffers.items():
+                column.copy_(tensors[name])  # a module may have put a new tensor in the buffer's place
+        self.state = {name: tensors[name].detach() for name in self.state}
+        return g, losses.detach()
+
+    def descend(self, g: Tensor) -> None:
+        """A step by the gradient (T,): corrections, the optimiser."""
         g = pulled(self.work, self.layout, g, self.theta, self.theta0)
         g = self._corrected(g)
         shift, linear = self.told.shift, self.work.linear
@@ -74,10 +88,6 @@ class LoopStep:
             self.work.optimiser(self.theta[part], whole[part], slots, self.clock, self.work.lr)
             if shift is not None and not linear:
                 self.theta[part].sub_(shift[part], alpha=self.work.lr)
-            for name, (column, _) in self.buffers.items():
-                column.copy_(tensors[name])  # a module may have put a new tensor in the buffer's place
-        self.state = {name: tensors[name].detach() for name in self.state}
-        return losses.detach()
 
     def _corrected(self, g: Tensor) -> Tensor:
         """The gradient after the corrections, which leave what is the client's own alone."""

@@ -80,12 +80,12 @@ class Lowered:
         name = "gather_bytes" if dtype == torch.uint8 else "gather_floats"
         width = self._graph.tensors[value].numel() // size
         places = self.flat(Ref(value)), (X, 0, 0), (ROWS, 0, 0), (FIXED, shift.data_ptr(), 0)
-        self._emit(name, *places, m=size, n=width, alpha=scale.factor)
+        self.emit(name, *places, m=size, n=width, alpha=scale.factor)
 
     def _gather_labels(self, value: int, size: int) -> None:
         if self._graph.tensors[value].shape != (size,):
             raise NotTraceableError("a target that is not one class each has no compiled kernel")
-        self._emit("gather_labels", self.flat(Ref(value), torch.int64), (Y, 0, 0), (ROWS, 0, 0), m=size)
+        self.emit("gather_labels", self.flat(Ref(value), torch.int64), (Y, 0, 0), (ROWS, 0, 0), m=size)
 
     @staticmethod
     def _is_look(graph: Graph, node: Node) -> bool:
@@ -108,7 +108,7 @@ class Lowered:
             self._places[storage] = FIXED, at
             if storage in self._lasts:
                 given = FIXED, self._lasts[storage], 0
-                self._emit("to_rows", (FIXED, at, 0), given, m=self._size, n=self._features(value), k=self.lanes)
+                self.emit("to_rows", (FIXED, at, 0), given, m=self._size, n=self._features(value), k=self.lanes)
         base, start = self._places[storage]
         return base, start + int(tensor.storage_offset()) * tensor.element_size()
 
@@ -138,7 +138,7 @@ class Lowered:
             rows = NOWHERE if new else (*self._place(value), 0)
             self._lasts[storage] = at = self._room(4 * features * self.lanes)
             if not new:
-                self._emit("to_last", (FIXED, at, 0), rows, m=self._size, n=features, k=self.lanes)
+                self.emit("to_last", (FIXED, at, 0), rows, m=self._size, n=features, k=self.lanes)
         return FIXED, self._lasts[storage], 1
 
     def image(self, name: str, out: Place, shape: Sequence[int], *given: Place) -> None:
@@ -152,7 +152,7 @@ class Lowered:
             rooms = self._room(4 * inside * outside * kh * kw), self._room(widened) if pad_w else 0
         self._kept.append(kept := torch.tensor([*shape, below, across, self.lanes, *rooms]))
         a, b, c = (*given, *[NOWHERE] * (3 - len(given)))
-        self._emit(name, out, a, b, c, (FIXED, kept.data_ptr(), 0))
+        self.emit(name, out, a, b, c, (FIXED, kept.data_ptr(), 0))
 
     def which(self, value: int, like: int) -> Place:
         """Where a pooling keeps which pixel was the largest."""
@@ -173,6 +173,13 @@ class Lowered:
         if down == 1 or rows == 1:
             return _Matrix(*self._place(argument.value), across, rows, columns, True)
         raise NotTraceableError("a product of scattered memory has no compiled kernel")
+
+    def upright(self, argument: Any) -> _Matrix:
+        """A matrix whose rows lie in one piece."""
+        found = self.matrix(argument)
+        if found.turned:
+            raise NotTraceableError("the rows of a transposed matrix have no compiled kernel")
+        return found
 
     def flat(self, argument: Any, dtype: torch.dtype = torch.float32) -> Place:
         """(base, address, elements apart) of a tensor that lies in one piece."""
@@ -201,7 +208,7 @@ class Lowered:
 
     # -- what the kernels do
 
-    def _emit(
+    def emit(
         self,
         name: str,
         out: Place,
@@ -232,7 +239,7 @@ class Lowered:
             if self.float32(row).shape != (out.columns,):
                 raise NotTraceableError("broadcasting has no compiled kernel")
             added = self.flat(row)
-        self._emit(name, *places, added, m=out.rows, n=out.columns, k=a.columns, start=start, alpha=alpha)
+        self.emit(name, *places, added, m=out.rows, n=out.columns, k=a.columns, start=start, alpha=alpha)
 
     def elementwise(self, name: str, out: int, a: Any, b: Any = None, alpha: float = 1.0) -> None:
         """out[j] = f(a[j], b[j], alpha)."""
@@ -242,24 +249,24 @@ class Lowered:
         if any(home in self._lasts and home not in self._places for home in homes):
             places = [self.last(argument.value) for argument in given]
             count = self._features(out) * self.lanes
-            self._emit(name, self.last(out, new=True), *places, n=count, alpha=alpha)
+            self.emit(name, self.last(out, new=True), *places, n=count, alpha=alpha)
             return
-        self._emit(name, self.flat(Ref(out)), *map(self.flat, given), n=count, alpha=alpha)
+        self.emit(name, self.flat(Ref(out)), *map(self.flat, given), n=count, alpha=alpha)
 
     def stretch(self, name: str, out: Any, a: Any, b: Any = None, alpha: float = 1.0) -> None:
         """The same over tensors of as many elements each, whatever their shapes."""
         given = (out, a) if b is None else (out, a, b)
         places = [self.flat(argument) for argument in given]
-        self._emit(name, *places, n=self.float32(out).numel(), alpha=alpha)
+        self.emit(name, *places, n=self.float32(out).numel(), alpha=alpha)
 
     def scaled_by(self, out: int, a: Any, number: Any) -> None:
         """out[j] = a[j] * number, one that lies in memory."""
         count = self._elements(a, Ref(out))
-        self._emit("scale_by", self.flat(Ref(out)), self.flat(a), self.flat(number), n=count)
+        self.emit("scale_by", self.flat(Ref(out)), self.flat(a), self.flat(number), n=count)
 
     def tick(self, clock: Any) -> None:
         """One more step."""
-        self._emit("tick", self.flat(clock, torch.float64))
+        self.emit("tick", self.flat(clock, torch.float64))
 
     def adam(self, arguments: Sequence[Any], numbers: Sequence[float], lr: float) -> None:
         """`rules/optimiser.py`'s, in one pass."""
@@ -267,18 +274,18 @@ class Lowered:
         (base, m, _), (_, v, _) = map(self.flat, slots)
         self._kept.append(kept := torch.tensor(numbers, dtype=torch.float64))
         places = self.flat(g), (base, m, (v - m) // 4), (FIXED, kept.data_ptr(), 0), self.flat(clock, torch.float64)
-        self._emit("adam", self.flat(theta), *places, n=self.float32(theta).numel(), alpha=lr)
+        self.emit("adam", self.flat(theta), *places, n=self.float32(theta).numel(), alpha=lr)
 
     def by_rows(self, name: str, out: int, a: Any, b: Any = None) -> None:
         """Over the last dimension, which the classes are in."""
         given = (a,) if b is None else (a, b)
         count, last = self._elements(*given, Ref(out)), self.float32(a).shape[-1]
-        self._emit(name, self.flat(Ref(out)), *map(self.flat, given), m=count // last, n=last)
+        self.emit(name, self.flat(Ref(out)), *map(self.flat, given), m=count // last, n=last)
 
     def loss(self, name: str, out: int, a: Any, labels: Any, matrix: Any) -> None:
         """Between a value per example and a matrix (examples, classes), by the labels."""
         rows, classes = self.float32(matrix).shape
-        self._emit(name, self.flat(Ref(out)), self.flat(a), self.flat(labels, torch.int64), m=rows, n=classes)
+        self.emit(name, self.flat(Ref(out)), self.flat(a), self.flat(labels, torch.int64), m=rows, n=classes)
 
     def ones(self, count: int) -> _Matrix:
         """A row of ones."""

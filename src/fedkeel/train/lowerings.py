@@ -36,7 +36,7 @@ _Lowering = Callable[["Lowered", Node], None]
 RULES: dict[Any, _Lowering] = {}
 
 
-def _lowers(*funcs: Any) -> Callable[[_Lowering], _Lowering]:
+def lowers(*funcs: Any) -> Callable[[_Lowering], _Lowering]:
     def enrol(rule: _Lowering) -> _Lowering:
         RULES.update(dict.fromkeys(funcs, rule))
         return rule
@@ -55,50 +55,50 @@ def _require(holds: bool, node: Node) -> None:
         raise NotTraceableError(f"operation {called(node)} has no compiled kernel for these arguments")
 
 
-@_lowers(aten.mm.default)
+@lowers(aten.mm.default)
 def _mm(to: Lowered, node: Node) -> None:
     a, b = map(to.matrix, node.args)
     to.product(to.matrix(Ref(_result(node))), a, b, ZERO)
 
 
-@_lowers(aten.addmm.default)
+@lowers(aten.addmm.default)
 def _addmm(to: Lowered, node: Node) -> None:
     _require(not node.kwargs, node)
     row, a, b = node.args
     to.product(to.matrix(Ref(_result(node))), to.matrix(a), to.matrix(b), ROW, row)
 
 
-@_lowers(Tensor.addmm_)
+@lowers(Tensor.addmm_)
 def _addmm_in_place(to: Lowered, node: Node) -> None:
     out, a, b = map(to.matrix, node.args)
     to.product(out, a, b, OUT, alpha=node.kwargs["alpha"])
 
 
-@_lowers(Tensor.addmv_)
+@lowers(Tensor.addmv_)
 def _addmv_in_place(to: Lowered, node: Node) -> None:
     target, matrix, vector = node.args
     to.product(to.row(target.value), to.row(vector.value), to.matrix(matrix).T, OUT, alpha=node.kwargs["alpha"])
 
 
-@_lowers(aten.sum.dim_IntList)
+@lowers(aten.sum.dim_IntList)
 def _sum(to: Lowered, node: Node) -> None:
     _require(list(node.args[1]) == [0] and not node.kwargs, node)
     matrix = to.matrix(node.args[0])
     to.product(to.row(_result(node)), to.ones(matrix.rows), matrix, ZERO)
 
 
-@_lowers(Tensor.add_)
+@lowers(Tensor.add_)
 def _add_in_place(to: Lowered, node: Node) -> None:
     target, value = node.args
     to.elementwise("add", target.value, target, value, node.kwargs["alpha"])
 
 
-@_lowers(tick)
+@lowers(tick)
 def _tick(to: Lowered, node: Node) -> None:
     to.tick(*node.args)
 
 
-@_lowers(definition("optimiser", "sgd").function)
+@lowers(definition("optimiser", "sgd").function)
 def _sgd(to: Lowered, node: Node) -> None:
     theta, g, _, *slots = node.args
     assert isinstance(node.func, Optimise)
@@ -111,21 +111,21 @@ def _sgd(to: Lowered, node: Node) -> None:
     to.stretch("add", theta, theta, g if given["nesterov"] or not slots else slots[0], alpha=-lr)
 
 
-@_lowers(definition("optimiser", "adam").function)
+@lowers(definition("optimiser", "adam").function)
 def _adam(to: Lowered, node: Node) -> None:
     assert isinstance(node.func, Optimise)
     given = node.func.rule.parameters
     to.adam(node.args, [given[name] for name in ("beta1", "beta2", "eps", "decay")], node.func.lr)
 
 
-@_lowers(aten.add.Tensor, aten.sub.Tensor)
+@lowers(aten.add.Tensor, aten.sub.Tensor)
 def _add(to: Lowered, node: Node) -> None:
     sign = 1 if node.func is aten.add.Tensor else -1
     a, b = node.args
     to.elementwise("add", _result(node), a, b, sign * node.kwargs.get("alpha", 1))
 
 
-@_lowers(aten.mul.Tensor)
+@lowers(aten.mul.Tensor)
 def _multiply(to: Lowered, node: Node) -> None:
     a, b = node.args
     if isinstance(b, int | float):
@@ -137,7 +137,7 @@ def _multiply(to: Lowered, node: Node) -> None:
         to.elementwise("multiply", _result(node), a, b)
 
 
-@_lowers(
+@lowers(
     *(aten.relu.default, aten.tanh.default, aten.sigmoid.default),
     *(aten.tanh_backward.default, aten.sigmoid_backward.default),
 )
@@ -145,52 +145,52 @@ def _activation(to: Lowered, node: Node) -> None:
     to.elementwise(called(node), _result(node), *node.args)
 
 
-@_lowers(aten.threshold_backward.default)
+@lowers(aten.threshold_backward.default)
 def _threshold_backward(to: Lowered, node: Node) -> None:
     gradient, source, threshold = node.args
     to.elementwise("threshold_backward", _result(node), gradient, source, alpha=threshold)
 
 
-@_lowers(aten._log_softmax.default)
+@lowers(aten._log_softmax.default)
 def _log_softmax(to: Lowered, node: Node) -> None:
     source, dimension, half = node.args
     _require(dimension in (-1, to.float32(source).ndim - 1) and not half, node)
     to.by_rows("log_softmax", _result(node), source)
 
 
-@_lowers(aten._log_softmax_backward_data.default)
+@lowers(aten._log_softmax_backward_data.default)
 def _log_softmax_backward(to: Lowered, node: Node) -> None:
     gradient, output, dimension, dtype = node.args
     _require(dimension in (-1, to.float32(output).ndim - 1) and dtype == torch.float32, node)
     to.by_rows("log_softmax_backward", _result(node), gradient, output)
 
 
-@_lowers(aten.nll_loss_forward.default)
+@lowers(aten.nll_loss_forward.default)
 def _nll(to: Lowered, node: Node) -> None:
     source, labels, weight, reduction, ignored = node.args
     _require(weight is None and reduction == 0 and ignored == _IGNORED and to.float32(source).ndim == 2, node)
     to.loss("nll", _result(node), source, labels, source)
 
 
-@_lowers(aten.nll_loss_backward.default)
+@lowers(aten.nll_loss_backward.default)
 def _nll_backward(to: Lowered, node: Node) -> None:
     gradient, source, labels, weight, reduction, ignored, _ = node.args
     _require(weight is None and reduction == 0 and ignored == _IGNORED and to.float32(source).ndim == 2, node)
     to.loss("nll_backward", _result(node), gradient, labels, source)
 
 
-@_lowers(aten.convolution.default)
+@lowers(aten.convolution.default)
 def _convolution(to: Lowered, node: Node) -> None:
     source, weight, bias, *rest = node.args
-    shape = _convolved(to, node, source, weight, rest)
+    shape = convolved(to, node, source, weight, rest)
     given = [to.last(source.value), to.flat(weight), *([to.flat(bias)] if bias is not None else [])]
     to.image("conv", to.last(_result(node), new=True), shape, *given)
 
 
-@_lowers(aten.convolution_backward.default)
+@lowers(aten.convolution_backward.default)
 def _convolution_backward(to: Lowered, node: Node) -> None:
     gradient, source, weight, _, *rest, _ = node.args
-    inside, outside, height, width, kh, kw, pad_h, pad_w = shape = _convolved(to, node, source, weight, rest)
+    inside, outside, height, width, kh, kw, pad_h, pad_w = shape = convolved(to, node, source, weight, rest)
     to_source, to_weight, to_bias = node.outs
     if to_weight is not None:
         outs = [to.flat(Ref(value)) for value in (to_weight, to_bias) if value is not None]
@@ -201,7 +201,7 @@ def _convolution_backward(to: Lowered, node: Node) -> None:
         to.image("conv_data", to.last(to_source, new=True), turned, to.last(gradient.value), to.flat(weight))
 
 
-def _convolved(to: Lowered, node: Node, source: Any, weight: Any, rest: Sequence[Any]) -> tuple[int, ...]:
+def convolved(to: Lowered, node: Node, source: Any, weight: Any, rest: Sequence[Any]) -> tuple[int, ...]:
     """The shape of a convolution, as `Lowered.image` takes it."""
     stride, padding, dilation, transposed, _, groups = rest
     _require(to.float32(source).ndim == 4 and not transposed and groups == 1, node)
@@ -210,7 +210,7 @@ def _convolved(to: Lowered, node: Node, source: Any, weight: Any, rest: Sequence
     return inside, outside, *to.float32(source).shape[2:], kh, kw, *padding
 
 
-@_lowers(aten.max_pool2d_with_indices.default)
+@lowers(aten.max_pool2d_with_indices.default)
 def _pool(to: Lowered, node: Node) -> None:
     source, shape = _pooled(to, node, node.args[0], node.args[1:])
     out, which = node.outs
@@ -219,7 +219,7 @@ def _pool(to: Lowered, node: Node) -> None:
     to.image("pool", to.last(out, new=True), shape, to.last(source.value), to.which(which, out))
 
 
-@_lowers(aten.max_pool2d_with_indices_backward.default)
+@lowers(aten.max_pool2d_with_indices_backward.default)
 def _pool_backward(to: Lowered, node: Node) -> None:
     gradient, source, *rest, which = node.args
     _, shape = _pooled(to, node, source, rest)

@@ -17,6 +17,7 @@ NAMES = (
     *("scale_by", "tick", "adam"),
     *("gather_bytes", "gather_floats", "gather_labels"),
     *("to_last", "to_rows", "conv", "conv_data", "conv_weight", "pool", "pool_backward"),
+    *("conv_each", "norm_rows", "norm_last", "factors", "scale_rows", "weigh_last"),
 )
 """In the order of native.c's codes."""
 ZERO, ROW, OUT, BLEND = range(4)  # what a product starts from, as there

@@ -61,6 +61,8 @@ class Rows:
     def __init__(self, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, lanes: int) -> None:
         if work.private_first is not None:
             raise NotTraceableError("clients side by side train all layers, not some before the others")
+        if work.example_noise is not None:
+            raise NotTraceableError("clients side by side draw batches of one size, and noise needs Poisson's sampling")
         self.device = data.x.device
         self.module = copy.deepcopy(module).train().to(self.device)
         self.layout, self.data, self.work, self.lanes = layout, data, work, lanes

@@ -106,38 +106,45 @@ static void NAME(conv_data)(const conv *s, const float *g, const float *w, float
     NAME(convolve)(s, g, s->packed, 0, out);
 }
 
-/* Weights (m, n) of m output channels and n neighbouring columns of the kernel: inner products of runs, over rows. */
-INLINE void NAME(inner)(const int m, const int n, const conv *s, const float *g, const float *x, long width, long from,
-                        long to, float *out) {
-    vec sum[CONV_G][5];
-    UNROLL(4)
-    for (int r = 0; r < m; r++)
-        UNROLL(5)
-        for (int c = 0; c < n; c++) sum[r][c] = (vec){0};
-    const long run = s->out_width * s->lanes, plane = s->out_height * run;
-    for (long oh = from; oh < to; oh++)
-        for (long j = 0; j < run; j += V) {
-            vec pixel[5];
+/* Weights (m, n) of m output channels and n neighbouring columns of the kernel: inner products of runs, over rows; in
+   `each` lane by itself, or over all of them. */
+INLINE void NAME(inner)(const int m, const int n, const int each, const conv *s, const float *g, const float *x,
+                        long width, long from, long to, float *out) {
+    const long run = s->out_width * s->lanes, plane = s->out_height * run, step = each ? s->lanes : V;
+    for (long first = 0; first < step; first += V) {
+        vec sum[CONV_G][5];
+        UNROLL(4)
+        for (int r = 0; r < m; r++)
             UNROLL(5)
-            for (int c = 0; c < n; c++) pixel[c] = LOAD(x + oh * width + c * s->lanes + j);
-            UNROLL(4)
-            for (int r = 0; r < m; r++) {
-                const vec gradient = LOAD(g + r * plane + oh * run + j);
+            for (int c = 0; c < n; c++) sum[r][c] = (vec){0};
+        for (long oh = from; oh < to; oh++)
+            for (long j = first; j < run; j += step) {
+                vec pixel[5];
                 UNROLL(5)
-                for (int c = 0; c < n; c++) sum[r][c] += gradient * pixel[c];
+                for (int c = 0; c < n; c++) pixel[c] = LOAD(x + oh * width + c * s->lanes + j);
+                UNROLL(4)
+                for (int r = 0; r < m; r++) {
+                    const vec gradient = LOAD(g + r * plane + oh * run + j);
+                    UNROLL(5)
+                    for (int c = 0; c < n; c++) sum[r][c] += gradient * pixel[c];
+                }
             }
-        }
-    for (int r = 0; r < m; r++)
-        for (int c = 0; c < n; c++) {
-            float lane[V], total = 0;
-            STORE(lane, sum[r][c]);
-            for (int v = 0; v < V; v++) total += lane[v];
-            out[r * s->in * s->kh * s->kw + c] = total;
-        }
+        for (int r = 0; r < m; r++)
+            for (int c = 0; c < n; c++) {
+                const long at = r * s->in * s->kh * s->kw + c;
+                if (each) STORE(out + at * s->lanes + first, sum[r][c]);
+                else {
+                    float lane[V], total = 0;
+                    STORE(lane, sum[r][c]);
+                    for (int v = 0; v < V; v++) total += lane[v];
+                    out[at] = total;
+                }
+            }
+    }
 }
 
-/* The gradients of weights (out, in, kh, kw) and, where it is wanted, bias (out). */
-static void NAME(conv_weight)(const conv *s, const float *g, const float *x, float *out, float *bias) {
+/* The gradients of weights (out, in, kh, kw) and, where it is wanted, bias (out); those of `each` lane batch-last. */
+INLINE void NAME(conv_weights)(const int each, const conv *s, const float *g, const float *x, float *out, float *bias) {
     const float *wide = x;
     const long width = (s->width + 2 * s->pad_w) * s->lanes, plane = s->out_height * s->out_width * s->lanes;
     if (s->pad_w) {
@@ -154,8 +161,8 @@ static void NAME(conv_weight)(const conv *s, const float *g, const float *x, flo
                 for (long kw = 0, n; kw < s->kw; kw += n) {
                     n = s->kw - kw < 3 ? 1 : s->kw - kw < 5 ? 3 : 5;
                     const float *start = wide + (i * s->height + top) * width + kw * s->lanes, *go = g + o * plane;
-                    float *to_ = out + ((o * s->in + i) * s->kh + kh) * s->kw + kw;
-#define INNER(m, n) NAME(inner)(m, n, s, go, start, width, from, to, to_)
+                    float *to_ = out + (((o * s->in + i) * s->kh + kh) * s->kw + kw) * (each ? s->lanes : 1);
+#define INNER(m, n) NAME(inner)(m, n, each, s, go, start, width, from, to, to_)
                     if (m == CONV_G) {
                         if (n == 5) INNER(CONV_G, 5);
                         else if (n == 3) INNER(CONV_G, 3);
@@ -170,14 +177,27 @@ static void NAME(conv_weight)(const conv *s, const float *g, const float *x, flo
             }
     }
     if (!bias) return;
-    for (long o = 0; o < s->out; o++) {
-        vec sum = {0};
-        float lane[V], total = 0;
-        for (long j = 0; j < plane; j += V) sum += LOAD(g + o * plane + j);
-        STORE(lane, sum);
-        for (int v = 0; v < V; v++) total += lane[v];
-        bias[o] = total;
-    }
+    const long step = each ? s->lanes : V;
+    for (long o = 0; o < s->out; o++)
+        for (long first = 0; first < step; first += V) {
+            vec sum = {0};
+            for (long j = first; j < plane; j += step) sum += LOAD(g + o * plane + j);
+            if (each) STORE(bias + o * s->lanes + first, sum);
+            else {
+                float lane[V], total = 0;
+                STORE(lane, sum);
+                for (int v = 0; v < V; v++) total += lane[v];
+                bias[o] = total;
+            }
+        }
+}
+
+static void NAME(conv_weight)(const conv *s, const float *g, const float *x, float *out, float *bias) {
+    NAME(conv_weights)(0, s, g, x, out, bias);
+}
+
+static void NAME(conv_each)(const conv *s, const float *g, const float *x, float *out, float *bias) {
+    NAME(conv_weights)(1, s, g, x, out, bias);
 }
 
 /* The largest of each window of kh x kw, side by side, and which it was: the first of equals, the last NaN if any. */

@@ -1,5 +1,5 @@
-/* fedkeel's compiled kernels: a local step's program of small operations, selection networks over columns, and what
-   codecs do to a row.
+/* fedkeel's compiled kernels: a local step's program of small operations, selection networks over columns, what
+   codecs do to a row, and noise.
 
    Plain C with the vector types of GCC and Clang, one copy for each instruction set, chosen when it is loaded. Without
    a compiler the package works all the same: `kernels/native.py` says what is there. Never build it with -ffast-math:
@@ -72,7 +72,14 @@ enum {
     CONV_WEIGHT,
     POOL,
     POOL_BACKWARD,
+    CONV_EACH,
+    NORM_ROWS,
+    NORM_LAST,
+    FACTORS,
+    SCALE_ROWS,
+    WEIGH_LAST,
 };
+enum { WITHOUT_WEIGHT, WITH_WEIGHT };
 
 /* A convolution from `in` to `out` channels, or a pooling, as conv.h has them; train/lower.py writes the same fields.
    `packed` and `widened` are memory to work in. */
@@ -124,6 +131,12 @@ typedef int32_t magnitude __attribute__((may_alias)); /* a float as its bits */
         LANE(h, o, 14), LANE(h, o, 15)
 #define LANE(half, offset, lane) ((lane) / (half) * 2 * (half) + (lane) % (half) + (offset))
 
+/* A double and its bits. */
+typedef union {
+    double value;
+    int64_t bits;
+} word;
+
 #if defined(__x86_64__)
 BEGIN_TARGET("avx512f,avx512vl,avx512dq,avx512bw,fma")
 #define NAME(name) JOIN(name, avx512)
@@ -173,10 +186,13 @@ typedef struct {
     void (*dequantise)(const rounding *, const uint8_t *, float *);
     void (*peaks)(const float *, const int64_t *, int64_t, int32_t *);
     int64_t (*above)(const float *, int64_t, int32_t, int64_t, uint32_t *);
+    void (*normals)(const int64_t *, int64_t, double *);
+    void (*noised)(const double *, int64_t, double, double, const float *, float *);
 } functions;
 
 #define FUNCTIONS(set)                                                                                                \
-    {#set, run_##set, sq_norm_##set, select_##set, gram_##set, quantise_##set, dequantise_##set, peaks_##set, above_##set}
+    {#set,            run_##set,        sq_norm_##set, select_##set, gram_##set,                                          \
+     quantise_##set, dequantise_##set, peaks_##set,   above_##set,  normals_##set, noised_##set}
 
 static const functions *chosen;
 static const functions base = FUNCTIONS(base);
@@ -188,7 +204,7 @@ static const functions avx512 = FUNCTIONS(avx512);
 #define EXPORT __attribute__((visibility("default")))
 
 /* kernels/native.py names the same number: one more with every change of `op` or of a function's arguments. */
-EXPORT int fedkeel_abi(void) { return 10; }
+EXPORT int fedkeel_abi(void) { return 11; }
 
 /* Choose an instruction set by name, or (name = NULL) the widest that this machine has. Returns its name, NULL if it
    is not there. */
@@ -258,6 +274,12 @@ EXPORT void fedkeel_peaks(const float *x, const int64_t *bounds, int64_t count, 
 }
 EXPORT int64_t fedkeel_above(const float *x, int64_t n, int64_t least, int64_t room, uint32_t *out) {
     return chosen->above(x, n, (int32_t)least, room, out);
+}
+
+/* normal.h has these. */
+EXPORT void fedkeel_normals(const int64_t *words, int64_t pairs, double *out) { chosen->normals(words, pairs, out); }
+EXPORT void fedkeel_noised(const double *noise, int64_t n, double scale, double share, const float *x, float *out) {
+    chosen->noised(noise, n, scale, share, x, out);
 }
 
 #include "bits.h"

@@ -2,9 +2,11 @@
 
 #include "simd.h"
 #include "conv.h"
+#include "each.h"
 #include "step.h"
 #include "rows.h"
 #include "codec.h"
+#include "normal.h"
 
 #undef NAME
 #undef V

@@ -165,6 +165,12 @@ static int NAME(run)(const op *program, int64_t length, char *const *base) {
         case CONV: NAME(conv_forward)(d, a, b, o->c.at ? c : 0, out); break;
         case CONV_DATA: NAME(conv_data)(d, a, b, out); break;
         case CONV_WEIGHT: NAME(conv_weight)(d, a, b, out, o->c.at ? (float *)c : 0); break;
+        case CONV_EACH: NAME(conv_each)(d, a, b, out, o->c.at ? (float *)c : 0); break;
+        case NORM_ROWS: NAME(norm_rows)(o, a, b, out); break;
+        case NORM_LAST: NAME(norm_last)(o, a, out); break;
+        case FACTORS: NAME(factors)(o, (float *)a, (float *)b, c, out); break;
+        case SCALE_ROWS: NAME(scale_rows)(o, a, b, out); break;
+        case WEIGH_LAST: NAME(weigh_last)(o, a, b, out); break;
         case POOL: NAME(pool)(d, a, out, (float *)b); break;
         case POOL_BACKWARD: NAME(pool_backward)(d, a, b, out); break;
         }

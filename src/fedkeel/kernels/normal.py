@@ -1,0 +1,35 @@
+"""Normals from random bits, by Box and Muller 1958, and their way into a sum."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedkeel.kernels import native
+
+
+def normals(words: Tensor) -> Tensor:
+    """(2n,) float64 of (2n,) int64, n words for the radius, to 9.4 standard deviations, and n for the angle.
+
+    Compiled and not, they agree to rounding.
+    """
+    pairs, compiled = len(words) // 2, native.library()
+    if not isinstance(compiled, str):
+        out = torch.empty(2 * pairs, dtype=torch.float64)
+        compiled.normals(words.data_ptr(), pairs, out.data_ptr())
+        return out
+    radius, angle = words.to(torch.float64).view(2, pairs)
+    radius.add_(0.5).abs_().mul_(2.0**-63).log_().mul_(-2).sqrt_()
+    angle.mul_(math.pi * 2.0**-63)
+    return torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())])
+
+
+def add_noise(x: Tensor, noise: Tensor, scale: float, share: float) -> None:
+    """x = (x + scale * noise) * share in place, x (n,) float32 and noise (n,) float64: rounded once, at the end."""
+    compiled = native.library()
+    if not isinstance(compiled, str) and x.device.type == "cpu" and x.is_contiguous():
+        compiled.noised(noise.data_ptr(), len(x), scale, share, x.data_ptr(), x.data_ptr())
+    else:
+        x.copy_(noise.to(x.device).mul(scale).add_(x).mul_(share))
