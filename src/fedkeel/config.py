@@ -186,6 +186,11 @@ class Privacy(Section):
     uses: Positive | None = Field(
         None, description="rounds that a client takes part in at most, where each client's rounds are what is counted"
     )
+    least_examples: Positive | None = Field(
+        None,
+        description="examples that a client has at least, where steps are noised; who has fewer does not take part. In "
+        "simulation what the clients have when left out",
+    )
     accountant: Literal["pld", "rdp"] = Field(
         "pld", description="how Poisson sampling is counted: privacy loss distributions, or Renyi divergences"
     )

@@ -33,10 +33,11 @@ class Privacy:
     client is planned to take part in, where that is what is counted, `limit` what the job bounds them by. `epsilon` is
     the budget, None: what is spent is told, and no more. `cohort` updates a round are planned, of `population` clients.
     `secret` is None for noise from the operating system's generator; with a key of the run's nothing is private.
+    `local` is what a round costs an example of a client that takes part in it, where steps add the noise.
     """
 
     mechanism: Mechanism
-    sampling: Literal["poisson", "fixed", "uses"]
+    sampling: Literal["poisson", "fixed", "uses", "steps"]
     rounds: int
     uses: int
     cohort: int
@@ -46,6 +47,7 @@ class Privacy:
     method: Method = "pld"
     secret: Key | None = None
     limit: int | None = None
+    local: Poisson | None = None
 
     @property
     def noise(self) -> float:
@@ -62,13 +64,20 @@ class Privacy:
         """What a round costs, of so many clients chosen among so many who were there; by default as planned."""
         if self.sampling == "poisson":
             return Poisson(self.cohort / self.population, self.noise)
+        if self.local is not None:
+            return self.local._replace(noise=self.noise)
         if self.sampling == "fixed":
             return Fixed(among or self.population, chosen or self.cohort, self.noise)
         return Uses(self.noise if self.central else self.noise / 2)
 
     def planned(self) -> dict[Event, int]:
         """What the whole run costs, if every round is as planned."""
-        return {self.event(): self.uses if self.sampling == "uses" else self.rounds}
+        return {self.event(): self.uses if self.by_client else self.rounds}
+
+    @property
+    def by_client(self) -> bool:
+        """Whether each client's rounds are what is counted, not the rounds of all."""
+        return self.sampling in ("uses", "steps")
 
     def solved(self) -> Privacy:
         """With as little noise as the budget allows. Raises `InputError` where no noise is enough."""
@@ -77,7 +86,7 @@ class Privacy:
     @cached_property
     def most_uses(self) -> int | None:
         """How many rounds a client may take part in; None where nothing bounds it, or rounds of all are counted."""
-        if self.sampling != "uses" or self.epsilon is None:
+        if not self.by_client or self.epsilon is None:
             return self.limit
         return accountant.most(self.event(), self.epsilon, self.delta, self.method, self.limit or self.rounds)
 
@@ -99,9 +108,13 @@ class Privacy:
             "client's data",
             "uses": f"each client's rounds, at most {self.most_uses or self.rounds} of {self.rounds}; neighbours "
             "differ in one client's updates",
+            "steps": f"Poisson sampling of the examples of a client, with the fewest at a rate of "
+            f"{self.local.rate if self.local else 1:.4g}, in at most {self.most_uses or self.rounds} of {self.rounds} "
+            "rounds; neighbours differ by one example",
         }
         by = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}[self.method]
-        how = {"poisson": by, "fixed": "Renyi divergences", "uses": "the exact bound for Gaussian noise"}[self.sampling]
+        exact = "the exact bound for Gaussian noise"
+        how = {"poisson": by, "steps": by, "fixed": "Renyi divergences", "uses": exact}[self.sampling]
         budget = "none" if self.epsilon is None else f"epsilon {self.epsilon:g}"
         seed = "the run's seed: whoever knows it can take it away, and nothing is private"
         return {
@@ -164,7 +177,7 @@ class Account:
         """Count the open round, once, whatever will come of it."""
         if self.cost is None:
             self.cost = {"events": {}, "uses": {}}
-            if isinstance(self._event, Uses):
+            if self.privacy.by_client:
                 self.cost["uses"] = dict.fromkeys(self._clients, 1)
             else:
                 self.cost["events"] = {repr(self._event): 1}
@@ -183,7 +196,7 @@ class Account:
 
     def spent(self, clients: Sequence[str]) -> bool:
         """Whether the budget leaves no further round: of all, or of every one of the clients."""
-        if self.privacy.epsilon is None or isinstance(self._event, Uses):
+        if self.privacy.epsilon is None or self.privacy.by_client:
             return len(self.used_up) >= len(clients)
         more = self._spending()
         more[self.privacy.event()] = more.get(self.privacy.event(), 0) + 1

@@ -9,8 +9,9 @@ from typing import Literal
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.core.types import Mechanism
-from fedkeel.round.accountant import Method
+from fedkeel.core.types import ExampleNoise, Mechanism
+from fedkeel.round import accountant
+from fedkeel.round.accountant import Method, Poisson
 from fedkeel.round.plan import Plan
 from fedkeel.round.privacy import Privacy
 
@@ -25,17 +26,20 @@ def promised(
     uses: int | None = None,
     method: Method = "pld",
     secret: Key | None = None,
+    least: int | None = None,
 ) -> Plan:
     """The plan with a mechanism, whose noise is solved for where the budget is what is given.
+
+    `least` is how many examples a client has at least, for noise in steps.
 
     Raises `InputError` for rules after which nothing could be promised, and for budgets that can not be kept.
     """
     if mechanism.place == "server":
         _check_sum(plan)
-    if mechanism.place != "server":
+    if mechanism.place == "client":
         _check_told(plan)
     sampling = _sampling(plan, mechanism)
-    if uses is not None and sampling != "uses":
+    if uses is not None and sampling in ("poisson", "fixed"):
         raise InputError(
             f"privacy.uses = {uses} bounds each client's rounds, and with select.rule = '{plan.select!r}' the rounds "
             "of all are what is counted: leave it out"
@@ -46,19 +50,12 @@ def promised(
             f"{plan.population} clients a round rest for {plan.population // plan.rows}: lower bands to that"
         )
     most = min(rounds, uses or _uses(plan, mechanism, rounds))
+    population = max(plan.population, plan.rows)
     privacy = Privacy(
-        mechanism,
-        sampling,
-        rounds,
-        most,
-        plan.rows,
-        max(plan.population, plan.rows),
-        delta,
-        epsilon,
-        method,
-        secret,
-        uses,
+        mechanism, sampling, rounds, most, plan.rows, population, delta, epsilon, method, secret, limit=uses
     )
+    if mechanism.place == "step":
+        privacy = replace(privacy, local=_worst(privacy, plan, least))
     if mechanism.noise is None:
         if epsilon is None:
             raise InputError(
@@ -76,7 +73,35 @@ def promised(
             f"clients a round are too few for noise = {privacy.noise:.3g}: use central, or a cohort above "
             f"{math.ceil(10 * privacy.noise)}"
         )
+    if mechanism.place == "step" and plan.work is not None:
+        given = ExampleNoise(mechanism.norm, privacy.noise, secret is not None)
+        return replace(plan, privacy=privacy, work=replace(plan.work, example_noise=given))
     return replace(plan, privacy=privacy)
+
+
+def _worst(privacy: Privacy, plan: Plan, least: int | None) -> Poisson:
+    """What a round costs an example, with the client for which that is most; its noise is yet to be known.
+
+    Fewer examples are drawn at a higher rate. Steps go up by one past each multiple of the batch size: the client with
+    the fewest examples, or the first beyond a multiple.
+    """
+    work = plan.work
+    if work is None or least is None:
+        raise InputError(
+            "privacy.mechanism adds noise to steps, and what that hides depends on how few examples a client has: set "
+            "privacy.least_examples"
+        )
+    if "static" not in work.stopping.definition.traits or "speed" in work.stopping.definition.traits:
+        raise InputError(
+            f"train.stopping = '{work.stopping!r}' tells only later how many steps a client takes, and "
+            "privacy.mechanism has to know before: write epochs or steps"
+        )
+    size = work.batch_size
+    counts = [least, -(-least // size) * size + 1]
+    events = [Poisson(min(1.0, size / n), 1.0, int(work.stopping(n, size, []))) for n in counts]
+    noise = privacy.mechanism.noise or 1.0
+    spent = {e: accountant.epsilon({e._replace(noise=noise): privacy.uses}, privacy.delta, "rdp") for e in events}
+    return max(events, key=spent.__getitem__)
 
 
 def check_layout(plan: Plan, layout: Layout) -> None:
@@ -88,8 +113,10 @@ def check_layout(plan: Plan, layout: Layout) -> None:
         )
 
 
-def _sampling(plan: Plan, mechanism: Mechanism) -> Literal["poisson", "fixed", "uses"]:
+def _sampling(plan: Plan, mechanism: Mechanism) -> Literal["poisson", "fixed", "uses", "steps"]:
     """What may be counted on of who takes part."""
+    if mechanism.place == "step":
+        return "steps"
     together = "waits_for_all" in plan.schedule.definition.traits and plan.longest_wait is None
     if mechanism.place == "server" and mechanism.bands == 1 and together and plan.rows < plan.population:
         if "poisson" in plan.select.definition.traits:

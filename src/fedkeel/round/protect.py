@@ -45,6 +45,10 @@ def protect(
     mechanism = privacy.mechanism
     norm = float(control[NORM]) if NORM in control else mechanism.norm
     told = [_told(claim, privacy, plan) for claim in claims]
+    if mechanism.place != "server":
+        for claim in claims:
+            uses = memory.of(claim.client).get(USES, torch.zeros((), dtype=torch.int64))
+            memory.keep(claim.client, {USES: uses + 1})
     if mechanism.place == "step":
         return rows, told
     out = rows.clone()
@@ -59,8 +63,6 @@ def protect(
         if mechanism.place == "client":
             secret = None if privacy.secret is None else key.fold("privacy")
             row.copy_(_noised(row, norm, privacy.noise, Noise(secret)))
-            uses = memory.of(claims[i].client).get(USES, torch.zeros((), dtype=torch.int64))
-            memory.keep(claims[i].client, {USES: uses + 1})
     return out, told
 
 

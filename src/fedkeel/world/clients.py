@@ -61,11 +61,11 @@ class Clients:
         keys = {order.client: self.federation.key.fold("client", order.round, order.client) for order in orders}
         for order in orders:
             device.recall(order.client, order.settled, self.memory)
-        spent = {o.client for o in orders if used_up(o.client, self.memory, self.federation.plan)}
+        unwilling = {o.client: why for o in orders if (why := self._unwilling(o.client))}
         for order in orders:
-            if order.client in spent:
-                yield Made(order, keys[order.client], failure="its privacy budget is spent")
-        tasks = [self._task(order, keys[order.client]) for order in orders if order.client not in spent]
+            if order.client in unwilling:
+                yield Made(order, keys[order.client], failure=unwilling[order.client])
+        tasks = [self._task(order, keys[order.client]) for order in orders if order.client not in unwilling]
         self._tune(orders[0].round)
         for done in self.trainer.train(base.theta, tasks, base.control):
             order = by_index[done.client]
@@ -83,6 +83,15 @@ class Clients:
         plan, layout = self.federation.plan, self.federation.layout
         rows, round = made.delta[None], made.order.round
         return device.prepare(rows, [made.key], [claims], self.memory, plan, layout, base.control, round)[0]
+
+    def _unwilling(self, client: str) -> str | None:
+        """Why a client does not work, whatever the server asks; None: it does."""
+        if used_up(client, self.memory, self.federation.plan):
+            return "its privacy budget is spent"
+        least = self.federation.job.privacy.least_examples or 0
+        if (count := self.federation.data.count(self._index[client])) < least:
+            return f"it has {count} examples, and privacy.least_examples is {least}"
+        return None
 
     def _tune(self, round: int) -> None:
         """Train at the round's learning rate: a step is recorded with its rate in it, so it is recorded anew."""

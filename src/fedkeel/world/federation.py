@@ -186,6 +186,9 @@ class Federation:
             section, chosen = choose(job, told)
             plan = build_plan(job.model_copy(update={"aggregate": section}))
         plan = replace(plan, label_classes=pool.classes if job.client.labels else 0)
+        if job.privacy.mechanism is not None and plan.privacy is None:
+            plan = _promised(job, plan, data)
+            work = plan.work or work
         if not layout.columns:  # an empty payload says nothing, again and again
             plan = replace(plan, checks=tuple(rule for rule in plan.checks if rule.name != "replayed"))
         fields = (module, layout, plain_layout, plan, work, adversary, referee, devices, chosen)
@@ -404,14 +407,24 @@ def build_plan(job: Job) -> Plan:
     return plan if job.privacy.mechanism is None else _promised(job, plan)
 
 
-def _promised(job: Job, plan: Plan) -> Plan:
-    """The plan with what the job says of privacy."""
+def _promised(job: Job, plan: Plan, data: ClientData | None = None) -> Plan:
+    """The plan with what the job says of privacy; where that depends on the clients' data, once they are there."""
     mechanism = job.rule("privacy.mechanism", "mechanism")()
+    least = job.privacy.least_examples
+    if least is not None and mechanism.place != "step":
+        raise InputError(
+            f"privacy.least_examples = {least} is for noise in steps, and privacy.mechanism = "
+            f"'{job.privacy.mechanism}' adds none there: leave it out"
+        )
+    if data is not None and least is None and len(data.y):
+        least = max(1, min(data.count(client) for client in range(len(data))))
     if mechanism.place != "server" and (job.client.labels or job.data.holdout):
         raise InputError(
             f"{'client.labels' if job.client.labels else 'data.holdout'} has clients tell of their data without noise, "
             f"and privacy.mechanism = '{job.privacy.mechanism}' hides it from the server: leave out one of the two"
         )
+    if mechanism.place == "step" and data is None:
+        return plan
     return promised(
         plan,
         mechanism,
@@ -421,6 +434,7 @@ def _promised(job: Job, plan: Plan) -> Plan:
         uses=job.privacy.uses,
         method=job.privacy.accountant,
         secret=Key.root(job.seed).fold("privacy") if job.privacy.insecure_reproducible_noise else None,
+        least=least,
     )
 
 
