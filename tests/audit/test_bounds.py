@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from dp_accounting.dp_event import GaussianDpEvent
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
@@ -40,19 +39,6 @@ def test_epsilon_of_a_gaussian_agrees_with_the_accountants(sigma):
         found = bounds.gaussian_epsilon(1 / sigma, delta)
         assert found == pytest.approx(get_epsilon_gaussian(sigma, delta), rel=1e-6)
         assert found == pytest.approx(PLDAccountant().compose(GaussianDpEvent(sigma)).get_epsilon(delta), rel=1e-3)
-        assert bounds.between(1.0, sigma, sigma, delta) == pytest.approx(found, rel=1e-6)
-
-
-def test_epsilon_between_normals_of_other_deviations_agrees_with_an_integral():
-    x = np.linspace(-60, 60, 2_000_001)
-    step = x[1] - x[0]
-    for mean, deviation, null in ((1.0, 1.5, 2.0), (2.0, 3.0, 2.0), (0.3, 1.0, 1.2)):
-        p, q = stats.norm.pdf(x, mean, deviation), stats.norm.pdf(x, 0, null)
-        for delta in (1e-2, 1e-4):
-            found = bounds.between(mean, deviation, null, delta)
-            reached = [np.maximum(a - math.exp(found) * b, 0).sum() * step for a, b in ((p, q), (q, p))]
-            assert max(reached) == pytest.approx(delta, rel=1e-3)
-    assert bounds.between(0.0, 1.0, 1.0, 1e-5) == 0.0
 
 
 def test_one_run_without_delta_is_a_binomial_tail():
@@ -120,7 +106,7 @@ def test_a_gaussian_is_rarely_said_to_be_less_private_than_it_is(sigma):
 @pytest.mark.parametrize("sigma", [1.0, 2.0, 3.7])
 def test_with_enough_trials_the_bounds_are_near(sigma):
     """Epsilon 4.4, 2.0 and 1.0 at 1e-5: without a word on the noise at least 60%, of Gaussian noise at least 95%."""
-    trials, delta, draws = 4_000_000, 1e-5, Key.root(3).numpy()
+    trials, delta, draws = 2_000_000, 1e-5, Key.root(3).numpy()
     truth = get_epsilon_gaussian(sigma, delta)
     found = bounds.from_scores(draws.normal(1, sigma, trials), draws.normal(0, sigma, trials), delta)
     assert 0.6 * truth < found.epsilon <= truth

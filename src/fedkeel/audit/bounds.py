@@ -7,6 +7,7 @@ for delta. So an attack that succeeds too often refutes a claim, with a confiden
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,54 +147,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return _largest(lambda e: reached(e) > delta) if math.isfinite(mu) else MOST
 
 
-def between(mean: float, deviation: float, null: float, delta: float) -> float:
-    """The epsilon at delta between the normals N(mean, deviation^2) and N(0, null^2), the larger of both directions.
-
-    What Andrew et al. 2023 (section 3) make of the cosines of canaries that took part and of directions that did not.
-    """
-    one, other = (mean, deviation), (0.0, null)
-    return max(_apart(one, other, delta), _apart(other, one, delta))
-
-
-def _apart(p: tuple[float, float], q: tuple[float, float], delta: float) -> float:
-    """The epsilon at which P(S) - e^epsilon Q(S) = delta for S = {log p/q > epsilon}, two normals' most telling event.
-
-    log p/q is a quadratic a x^2 + b x + c: S is a ray, an interval, or all but an interval.
-    """
-    from scipy.special import log_ndtr
-
-    (m1, s1), (m0, s0) = p, q
-    a = 0.5 / s0**2 - 0.5 / s1**2
-    b = m1 / s1**2 - m0 / s0**2
-    level = math.log(s0 / s1) + 0.5 * (m0 / s0) ** 2 - 0.5 * (m1 / s1) ** 2
-
-    def mass(low: float, high: float, of: tuple[float, float]) -> float:
-        """log P(low < X < high), in the tail where that is small."""
-        low, high = (low - of[0]) / of[1], (high - of[0]) / of[1]
-        if low > 0:
-            low, high = -high, -low
-        upper, lower = float(log_ndtr(high)), float(log_ndtr(low))
-        return upper + math.log1p(-math.exp(lower - upper)) if lower < upper else -math.inf
-
-    def event(epsilon: float) -> list[tuple[float, float]]:
-        c = level - epsilon
-        if abs(a) * (s0**2 + s1**2) < 1e-9:  # the same deviation
-            root = -c / b if b else (math.inf if c <= 0 else -math.inf)
-            return [(root, math.inf)] if b >= 0 else [(-math.inf, root)]
-        under = b * b - 4 * a * c
-        if under <= 0:
-            return [(-math.inf, math.inf)] if a > 0 else []
-        low, high = sorted(((-b - math.sqrt(under)) / (2 * a), (-b + math.sqrt(under)) / (2 * a)))
-        return [(-math.inf, low), (high, math.inf)] if a > 0 else [(low, high)]
-
-    def reached(epsilon: float) -> float:
-        parts = event(epsilon)
-        return sum(math.exp(mass(*s, p)) - math.exp(min(0.0, epsilon + mass(*s, q))) for s in parts)
-
-    return _largest(lambda e: reached(e) > delta)
-
-
-def _largest(holds: Any) -> float:
+def _largest(holds: Callable[[float], bool]) -> float:
     """The largest epsilon at which `holds`, by bisection; 0 where it does nowhere, `MOST` where it does everywhere."""
     low, high = 0.0, 1.0
     if not holds(0.0):
