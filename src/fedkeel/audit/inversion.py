@@ -7,6 +7,7 @@ al. 2018). Labels are told by the last layer's gradient (Zhao et al. 2020; of ba
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from fedkeel.train.evaluate import evaluating
 
 UNROLLED = 8
 """Steps of plain SGD on one batch that an attacker takes after the client; of more, only their mean is matched."""
+_ASTRAY = 1e4  # times the box
 CAP = 100.0
 """The most dB that a reconstruction counts for: beyond is the rounding of float32."""
 
@@ -170,16 +172,28 @@ def _dlg(sight: Sight, y: Tensor, key: Key, iterations: int) -> tuple[Tensor, fl
         [x], max_iter=iterations, history_size=50, line_search_fn="strong_wolfe", tolerance_change=1e-12
     )
 
+    best, lowest = x.detach().clone(), math.inf
+
     def closure() -> Tensor:
+        nonlocal best, lowest
         predicted = sight.predicted(x, y)
         pairs = zip(seen, predicted, strict=True)
         objective = torch.stack([(a - scale * b).square().sum() for a, b in pairs]).sum() / size
         (x.grad,) = torch.autograd.grad(objective, [x])
+        if float(objective.detach()) < lowest:
+            best, lowest = x.detach().clone(), float(objective.detach())
+        if not float(x.detach().abs().max()) < _ASTRAY * max(abs(sight.low), abs(sight.high), 1.0):
+            raise _AstrayError
         return objective.detach()
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    found = x.detach().nan_to_num(nan=0.5 * (sight.low + sight.high)).clamp(sight.low, sight.high)
+    with contextlib.suppress(_AstrayError):
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
+    found = best.clamp(sight.low, sight.high)
     return found, _distance(sight, found, y)
+
+
+class _AstrayError(Exception):
+    """A line search has left for where the objective is flat."""
 
 
 def _closed_form(sight: Sight) -> Tensor | None:

@@ -7,8 +7,9 @@ offline variant of LiRA (Carlini et al. 2022), with the job's own model, rules a
 from __future__ import annotations
 
 import contextlib
+import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from fedkeel.world.evaluation import Z95, Figures
 from fedkeel.world.federation import Federation
 
 Floats = NDArray[np.float64]
-Watch = Callable[[int, int], None]
+Mask = NDArray[np.bool_]
 OWN_DEVIATION = 32
 """Shadows without an example from which on it has a deviation of its own; with fewer all share one (section VI.C)."""
 _BATCH = 500
@@ -115,7 +116,7 @@ def by_loss(federation: Federation, theta: Tensor, among: Candidates) -> Floats:
     return confidences(federation, theta, among.x[among.asked], among.y[among.asked])
 
 
-def lira(target: Floats, shadows: Floats, without: NDArray[np.bool_]) -> Floats:
+def lira(target: Floats, shadows: Floats, without: Mask) -> Floats:
     """Offline LiRA, (N,): how far the target's confidences (N,) lie above those of shadows (S, N) without the example.
 
     A normal is fitted to the confidences of the shadows that `without` (S, N) names, with a deviation common to all
@@ -131,7 +132,7 @@ def lira(target: Floats, shadows: Floats, without: NDArray[np.bool_]) -> Floats:
     return np.where(count > 0, (target - mean) / np.sqrt(np.maximum(variance, 1e-12)), 0.0)
 
 
-def shadow(federation: Federation, among: Candidates, key: Key) -> tuple[Tensor, NDArray[np.bool_]]:
+def shadow(federation: Federation, among: Candidates, key: Key) -> tuple[Tensor, Mask]:
     """The final model of a federation like this one on a random half of all examples, and which were there, (N,).
 
     Clients have those of their examples that a coin lets in, and the job's own rounds, rules and first model.
@@ -153,6 +154,13 @@ def shadow(federation: Federation, among: Candidates, key: Key) -> tuple[Tensor,
     return final.theta, held[among.asked].numpy()
 
 
+def packed(array: Floats) -> bytes:
+    """An array as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
 class _Nothing:
     """A record that nobody keeps."""
 
@@ -165,25 +173,7 @@ class _Nothing:
     ) -> None: ...
 
 
-def by_shadows(
-    federation: Federation,
-    theta: Tensor,
-    among: Candidates,
-    count: int,
-    key: Key,
-    watch: Watch = lambda done, total: None,
-) -> Floats:
-    """The LiRA score of every candidate, (N,), from so many shadow federations."""
-    seen, without = [], []
-    for number in range(count):
-        model, held = shadow(federation, among, key.fold("shadow", number))
-        seen.append(by_loss(federation, model, among))
-        without.append(~held)
-        watch(number + 1, count)
-    return lira(by_loss(federation, theta, among), np.stack(seen), np.stack(without))
-
-
-def judged(scores: Floats, member: NDArray[np.bool_], at: Sequence[float] = (0.01, 0.001)) -> Membership:
+def judged(scores: Floats, member: Mask, at: Sequence[float] = (0.01, 0.001)) -> Membership:
     """How well scores (N,), higher for members, tell them from the others.
 
     A rate at an FPR is that of the lowest threshold which at most this share of the others reaches. Its interval is
