@@ -13,8 +13,9 @@ import numpy as np
 from fedkeel.ship import charts, report, words
 from fedkeel.ship.charts import Chart
 
-SEEN, HINTED = 20.0, 1.0
-"""PSNR in dB from which on a reconstruction counts as seen, and dB above a guess from which on it is a hint."""
+SEEN, HINTED, EXACT = 20.0, 1.0, 60.0
+"""PSNR in dB from which on a reconstruction counts as seen; dB above a guess from which on it is a hint; and PSNR from
+which on there is nothing left to tell it from the original."""
 _FLOOR = 1e-3  # of rates on logarithmic axes
 _WIDE = 150  # pixels of the page that a picture takes at most
 _MODELS = {"first": "The first model, which knows nothing yet", "final": "The final model"}
@@ -57,6 +58,11 @@ def verdict(psnr: float, guess: float) -> str:
     return "seen" if psnr >= SEEN else "hinted"
 
 
+def decibels(psnr: float) -> str:
+    """`24.9 dB`; `exact` where a pixel is off by less than one in a thousand."""
+    return f"{psnr:.1f} dB" if psnr < EXACT else "exact"
+
+
 def _part(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The figures of a part; empty where it was not done."""
     part = found.get(name, {})
@@ -87,7 +93,7 @@ def statements(found: Mapping[str, Any]) -> Iterator[str]:
         word = what[verdict(sent["psnr"], case["baseline"]["psnr"])]
         yield (
             f"Examples {word} the update of a client that has {words.count(case['size'], 'example')}: "
-            f"{sent['psnr']:.1f} dB, a guess gives {case['baseline']['psnr']:.1f}."
+            f"{decibels(sent['psnr'])}, a guess gives {case['baseline']['psnr']:.1f}."
         )
     if part := _part(found, "membership"):
         name, best = max(part["attacks"].items(), key=lambda pair: pair[1]["auc"])
@@ -100,7 +106,7 @@ def _cards(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         case, sent = best_case(part)
         yield {
             "name": "Best reconstruction",
-            "figure": f"{sent['psnr']:.1f} dB",
+            "figure": decibels(sent["psnr"]),
             "under": f"a guess: {case['baseline']['psnr']:.1f} dB",
         }
     if part := _part(found, "membership"):
@@ -145,7 +151,7 @@ def _line(case: Mapping[str, Any], shown: Mapping[str, str], columns: Sequence[s
             {
                 "verdict": verdict(of["psnr"], guess),
                 "picture": shown[name],
-                "figure": f"{of['psnr']:.1f} dB",
+                "figure": decibels(of["psnr"]),
                 "under": labels,
                 "attack": of["attack"],
             }
@@ -193,7 +199,7 @@ def _curves(membership: Mapping[str, Any], keys: Iterator[str]) -> list[Chart]:
 
 def _roc(title: str, lines: Mapping[str, Sequence[tuple[float, ...]]], key: str) -> Chart:
     """Curves of (FPR, TPR) on logarithmic axes, with the diagonal of a guess (Carlini et al. 2022)."""
-    figure, axes = charts._figure(260)
+    figure, axes = charts._figure(260, right=22)
     axes.plot([_FLOOR, 1], [_FLOOR, 1], color=charts.MUTED, linewidth=1, linestyle=(0, (2, 2)))
     for i, points in enumerate(lines.values()):
         x, y = (np.maximum([p[k] for p in points], _FLOOR) for k in (0, 1))
@@ -204,7 +210,7 @@ def _roc(title: str, lines: Mapping[str, Sequence[tuple[float, ...]]], key: str)
     axes.minorticks_off()
     axes.set_xlabel("others that are taken for members", labelpad=2)
     legend = (*((name, *charts.mark(i)) for i, name in enumerate(lines)), ("a guess", "var(--muted)", "line:3 3"))
-    note = "Up: members that are told. What matters is the left: to be sure of a few harms more than to lean on all."
+    note = "Upwards: members that are told. Who names few of them, but surely, is far to the left."
     return Chart(title, charts._svg(figure, key, f"{title}."), legend, note)
 
 
