@@ -46,7 +46,7 @@ def test_canaries_are_units_along_directions_of_their_own():
 
 
 def test_a_sound_mechanism_is_rarely_accused():
-    sigma, tests = 2.0, 120
+    sigma, tests = 2.0, 100
     truth = get_epsilon_gaussian(sigma, DELTA)
     for field in ("epsilon", "gaussian"):
         found = [
@@ -98,7 +98,7 @@ def one_run(release, *, key=0, count=400, columns=20_000, **options):
 
 def test_one_run_of_a_sound_mechanism_is_rarely_accused():
     """Of 400 canaries there are so many guesses that little noise is refuted at once, and much never is."""
-    sigma, tests = 8.0, 60
+    sigma, tests = 8.0, 40
     truth = get_epsilon_gaussian(sigma, DELTA)
     above = sum(
         one_run(mechanism(sigma, s), key=s, count=200, columns=2000).bounds[0].epsilon > truth for s in range(tests)

@@ -18,7 +18,7 @@ def batch_of(fed, size):
     return updates.Batch(fed.names[0], fed.data.x[:size], fed.data.y[:size])
 
 
-def attacked(fed, size, *, multiplier=0.0, work=None, iterations=200):
+def attacked(fed, size, *, multiplier=0.0, work=None, iterations=120):
     """(attack -> score, guess, labels told): of the first examples of a federation, at its first model."""
     batch, truth = batch_of(fed, size), fed.pool.prepare(fed.data.x[:size])
     work = updates.one_step(fed, size) if work is None else work
@@ -106,7 +106,7 @@ def test_reconstructions_are_matched_before_they_are_judged():
 
 def test_a_study_says_what_the_job_itself_does_to_an_update():
     fed = federation("client.transforms=clip(norm=0.01)", "client.codec=float16")
-    found = inverting.study(fed, {"first": fed.theta()}, (1, 2), Key.root(0), iterations=20)
+    found = inverting.study(fed, {"first": fed.theta()}, (1, 2), Key.root(0), iterations=8)
     assert [case["size"] for case in found["cases"]] == [1, 2]  # one epoch of a small batch is one step
     names = [t["name"] for t in found["cases"][0]["treatments"]]
     assert names == ["as it is", "as the job sends it", "noise 0.01", "noise 0.1", "noise 1"]
@@ -115,7 +115,7 @@ def test_a_study_says_what_the_job_itself_does_to_an_update():
     assert as_sent["psnr"] > found["cases"][0]["baseline"]["psnr"] + 10  # a shorter update shows the same
     assert set(found["pictures"][0]) == {"original", *names}
     assert base64.b64decode(found["pictures"][0]["original"]).startswith(b"\x89PNG")
-    again = inverting.study(fed, {"first": fed.theta()}, (1, 2), Key.root(0), iterations=20)
+    again = inverting.study(fed, {"first": fed.theta()}, (1, 2), Key.root(0), iterations=8)
     assert again == found
 
 
