@@ -89,15 +89,15 @@ def statements(found: Mapping[str, Any]) -> Iterator[str]:
     """What was learned, a sentence a part."""
     if part := _part(found, "inversion"):
         case, sent = best_case(part)
-        what = {"seen": "can be seen in", "hinted": "show a little in", "hidden": "do not show in"}
+        what = {"seen": "can be seen in", "hinted": "show a little in", "hidden": "were not found in"}
         word = what[verdict(sent["psnr"], case["baseline"]["psnr"])]
         yield (
             f"Examples {word} the update of a client that has {words.count(case['size'], 'example')}: "
-            f"{decibels(sent['psnr'])}, a guess gives {case['baseline']['psnr']:.1f}."
+            f"{decibels(sent['psnr'])}, where a guess gives {case['baseline']['psnr']:.1f} dB."
         )
     if part := _part(found, "membership"):
         name, best = max(part["attacks"].items(), key=lambda pair: pair[1]["auc"])
-        told = "can be told" if best["low"] > 0.5 else "can not be told from chance"
+        told = "can be told" if best["low"] > 0.5 else "was not told better than by chance"
         yield f"Who was trained on {told}: AUC {best['auc']:.2f} ({best['low']:.2f} to {best['high']:.2f}), {name}."
 
 
