@@ -175,3 +175,11 @@ def test_the_sentence_on_epsilon():
     assert study.judgement(3.5, low, 1e-5)[0] is True
     assert study.judgement(None, low, 1e-5)[0] is True
     assert study.judgement(0.1, {}, 1e-5) == (True, "Canaries were left out, so that nothing is said of ε.")
+
+
+def test_gaussian_noise_is_supposed_only_of_runs_that_account_for_an_epsilon():
+    bound = {"confidence": 0.99, "epsilon": 1.0, "gaussian": 9.0}
+    found = {"canaries": {"trials": {"bounds": [bound]}, "one_run": {"bounds": [bound | {"gaussian": 1.0}]}}}
+    assert set(study.lower_bounds(found, gaussian=False).values()) == {1.0}
+    assert max(study.lower_bounds(found, gaussian=True).values()) == 9.0
+    assert study.lower_bounds({"canaries": {"left_out": "why"}}, gaussian=True) == {}

@@ -243,14 +243,18 @@ class _Study:
         }
 
 
-def lower_bounds(found: dict[str, Any]) -> dict[str, float]:
-    """The bounds that may refute an epsilon: of no kind of noise in particular, at `REFUTES` each."""
+def lower_bounds(found: dict[str, Any], *, gaussian: bool) -> dict[str, float]:
+    """The bounds that may refute an epsilon, at `REFUTES` each; with `gaussian` also what Gaussian noise would mean.
+
+    That is supposed of runs that account for an epsilon, whose noise is Gaussian: without it a thousand trials refute
+    nothing above 5, be there no noise at all.
+    """
     part = found.get("canaries", {})
-    return {
-        name: next(b["epsilon"] for b in part[key]["bounds"] if b["confidence"] == REFUTES)
-        for name, key in (("one canary, many trials", "trials"), ("many canaries, one round", "one_run"))
-        if key in part
-    }
+    if "trials" not in part:
+        return {}
+    trials, one = (next(b for b in part[key]["bounds"] if b["confidence"] == REFUTES) for key in ("trials", "one_run"))
+    bounds = {"one canary, many trials": trials["epsilon"], "many canaries, one round": one["epsilon"]}
+    return bounds | ({"one canary, many trials, Gaussian noise": trials["gaussian"]} if gaussian else {})
 
 
 def judgement(accounted: float | None, lower: dict[str, float], delta: float) -> tuple[bool, str]:
@@ -278,7 +282,7 @@ def _written(run: Run, settings: Settings, folder: Path, done: dict[str, dict[st
 
     epsilons = [row["epsilon"] for row in run.rounds if row["epsilon"] is not None]
     accounted = max(epsilons) if epsilons else None
-    lower = lower_bounds(done)
+    lower = lower_bounds(done, gaussian=accounted is not None)
     passed, verdict = judgement(accounted, lower, settings.delta)
     pictures = done.get("inversion", {}).get("pictures", [])
     found = {
