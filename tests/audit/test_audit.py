@@ -174,6 +174,8 @@ def test_the_sentence_on_epsilon():
     assert study.judgement(2.0, low, 1e-5)[0] is False
     assert study.judgement(3.5, low, 1e-5)[0] is True
     assert study.judgement(None, low, 1e-5)[0] is True
+    assert "Gaussian" not in study.judgement(2.0, low, 1e-5)[1]
+    assert "Gaussian" in study.judgement(2.0, low | {study.GAUSSIAN: 4.0}, 1e-5)[1]
     assert study.judgement(0.1, {}, 1e-5) == (True, "Canaries were left out, so that nothing is said of ε.")
 
 

@@ -24,6 +24,7 @@ from fedkeel.world.federation import Federation
 PARTS = ("inversion", "membership", "canaries")
 REFUTES = 0.99
 """Confidence of each bound that may refute what a run accounts for."""
+GAUSSIAN = "one canary, many trials, Gaussian noise"
 _MATRIX = 2**26  # numbers in the matrix of one run's canaries
 _FORMAT = 1
 
@@ -254,15 +255,16 @@ def lower_bounds(found: dict[str, Any], *, gaussian: bool) -> dict[str, float]:
         return {}
     trials, one = (next(b for b in part[key]["bounds"] if b["confidence"] == REFUTES) for key in ("trials", "one_run"))
     bounds = {"one canary, many trials": trials["epsilon"], "many canaries, one round": one["epsilon"]}
-    return bounds | ({"one canary, many trials, Gaussian noise": trials["gaussian"]} if gaussian else {})
+    return bounds | ({GAUSSIAN: trials["gaussian"]} if gaussian else {})
 
 
 def judgement(accounted: float | None, lower: dict[str, float], delta: float) -> tuple[bool, str]:
     """Whether the accounted epsilon stands, and a sentence on it."""
-    at = f"at δ = {delta:g} and {100 * REFUTES:g}% confidence"
     if not lower:
         return True, "Canaries were left out, so that nothing is said of ε."
-    most = max(lower.values())
+    best = max(lower, key=lambda name: lower[name])
+    most, at = lower[best], f"at δ = {delta:g} and {100 * REFUTES:g}% confidence"
+    at += ", if its noise is Gaussian" if best == GAUSSIAN else ""
     if accounted is None:
         return True, f"The run accounts for no ε. Canaries show that one round alone has at least ε = {most:.2f}, {at}."
     if most > accounted:

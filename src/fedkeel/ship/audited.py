@@ -33,7 +33,8 @@ def write(path: Path, found: Mapping[str, Any], pictures: Sequence[Mapping[str, 
         }
     page = {
         "title": f"What an attacker learns from “{words.short(str(found['job']), 80)}”",
-        "lede": " ".join([*statements(found), found["verdict"]]),
+        "lede": " ".join(statements(found)),
+        "verdict": found["verdict"],
         "eyebrow": f"Audit by fedkeel {found['fedkeel']}",
         "passed": found["passed"],
         "cards": list(_cards(found)),
@@ -45,7 +46,10 @@ def write(path: Path, found: Mapping[str, Any], pictures: Sequence[Mapping[str, 
         "canaries": canaries,
         "drawn": drawn,
         "left_out": [(title, found[n]["left_out"]) for n, title in names.items() if "left_out" in found.get(n, {})],
-        "settings": [(key, str(value)) for key, value in found["settings"].items()],
+        "settings": [
+            (key, ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value))
+            for key, value in found["settings"].items()
+        ],
         "run": found["run"],
     }
     return report._render("audit.html.j2", path, page)
