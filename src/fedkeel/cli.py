@@ -244,6 +244,51 @@ def probe(
 
 
 @app.command()
+def audit(
+    directory: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
+    part: Annotated[
+        list[str] | None,
+        typer.Option("--part", help="inversion, membership or canaries; repeatable. All when left out."),
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="Sizes of the batches that are inverted.")] = "1,4,8",
+    iterations: Annotated[int, typer.Option(help="Steps of each inversion attack.")] = 400,
+    shadows: Annotated[int, typer.Option(help="Shadow federations of membership inference, each a whole run.")] = 16,
+    members: Annotated[int, typer.Option(help="The most members that are asked about, and others.")] = 2000,
+    trials: Annotated[int, typer.Option(help="Rounds with a canary, and rounds without.")] = 1000,
+    canaries: Annotated[int, typer.Option(help="Canaries in one round.")] = 1000,
+    delta: Annotated[float, typer.Option(help="The delta of epsilon's lower bounds.")] = 1e-5,
+    seed: Annotated[int, typer.Option(help="What the audit draws comes from it.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write, or go on; DIRECTORY/audit when left out.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Attack a finished run: what its updates and its model tell, and whether its epsilon holds (1: it does not)."""
+    from fedkeel.audit.study import PARTS, Settings
+    from fedkeel.audit.study import audit as run_audit
+    from fedkeel.core.errors import InputError
+    from fedkeel.ship.audited import statements
+    from fedkeel.watch import auditing
+
+    try:
+        batches = tuple(int(size) for size in sizes.split(","))
+    except ValueError:
+        raise InputError(f"--sizes '{sizes}': write numbers of examples, as 1,4,8") from None
+    settings = Settings(seed, batches, iterations, shadows, members, trials, canaries, delta)
+    with _quiet(as_json), _interruptible("fedkeel audit with the same arguments"), auditing(_err) as watch:
+        found = run_audit(directory, out=out, parts=part or PARTS, settings=settings, watch=watch)
+    if as_json:
+        _out.print_json(json.dumps(found.found | {"json": str(found.json), "report": str(found.page)}))
+    else:
+        for line in statements(found.found):
+            _out.print(escape(line))
+        _out.print(f"{'[green]' if found.passed else '[red]'}{escape(found.verdict)}[/]")
+        _out.print(f"figures: {escape(str(found.json))}\nreport: {escape(str(found.page))}")
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def reduce(
     rows: Annotated[list[Path], typer.Argument(help="A .npy file (n, P) of float32, or one (P,) for each update.")],
     rule: Annotated[str, typer.Option(help="A reducer that works by columns, as median.")],

@@ -103,6 +103,25 @@ def reducing(console: Console, label: str) -> Iterator[Callable[[int, int], None
         yield lambda done, columns: bar.update(task, completed=done, total=columns)
 
 
+@contextmanager
+def auditing(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar, or a line at the end, for every part of an audit."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    shown = console.is_terminal
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        tasks: dict[str, Any] = {}
+
+        def step(part: str, done: int, total: int) -> None:
+            if shown:
+                if part not in tasks:
+                    tasks[part] = bar.add_task(escape(part), total=total)
+                bar.update(tasks[part], completed=done, total=total)
+            elif done == total:
+                console.print(f"{escape(part)}: done")
+
+        yield step
+
+
 def _interval(mean: float, low: float, high: float) -> tuple[str, str, str]:
     if not math.isfinite(mean):
         return "diverged", "", ""

@@ -1,0 +1,1 @@
+"""What an attacker really learns from a finished run: gradient inversion, membership inference, canaries."""

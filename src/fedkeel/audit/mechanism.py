@@ -1,0 +1,92 @@
+"""The run's own round as a release: what an observer of the models sees of given rows, by the job's own rules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedkeel.audit import updates
+from fedkeel.core.errors import CohortError
+from fedkeel.core.keys import Key
+from fedkeel.core.types import Cohort, ServerState
+from fedkeel.kernels import distance
+from fedkeel.round import aggregate
+from fedkeel.train import Task
+from fedkeel.world.federation import Federation
+
+
+@dataclass
+class Round:
+    """A `Release`: row transforms, codec, screens, weights, mixers and reducer of a job, at a state of its server.
+
+    The first rows are the clients that train, any further ones canaries. Every call draws anew: it counts them. What
+    the optimiser makes of the direction tells no more than the direction. A job whose accounting counts on sampling
+    must have a release that samples, or more is seen here than there.
+    """
+
+    federation: Federation
+    state: ServerState
+    key: Key
+    clients: tuple[str, ...]
+    calls: int = field(default=0, init=False)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        federation, layout = self.federation, self.federation.layout
+        self.calls += 1
+        key = self.key.fold("call", self.calls)
+        clients = [*self.clients, *(f"canary-{i}" for i in range(len(rows) - len(self.clients)))][: len(rows)]
+        arrived = updates.sent_by_job(federation, rows, clients, key)
+        plan, none = federation.plan, torch.zeros_like
+        counts = torch.tensor([float(self._examples(client)) for client in clients], dtype=torch.float64)
+        cohort = Cohort(
+            arrived,
+            tuple(clients),
+            counts,
+            none(counts),
+            torch.ones_like(counts),
+            distance.sq_norms(arrived).sqrt(),
+            layout.params,
+            tuple(found for e in layout.entries for found in layout.slices(e.name)[:1]),
+            ({},) * len(rows),
+            ((),) * len(rows),
+            key.fold("cohort"),
+            federation.referee,
+            gap=(none(self.state.theta),) * len(rows) if plan.looks_back else None,
+        )
+        try:
+            return aggregate.aggregate(plan, cohort, self.state, {}).direction
+        except CohortError:  # the round would be skipped, and the model kept
+            return none(self.state.theta)
+
+    def _examples(self, client: str) -> int:
+        """How many examples a client says it has; a canary what is usual."""
+        data, names = self.federation.data, self.federation.names
+        if client in names:
+            return data.count(names.index(client))
+        return int(data.offsets.diff().median())
+
+
+def honest(federation: Federation, state: ServerState, key: Key) -> tuple[tuple[str, ...], Tensor]:
+    """A cohort of honest clients and the updates (n, P) that they make of the run's model."""
+    hostile = set(federation.adversary.clients)
+    places = [i for i, name in enumerate(federation.names) if name not in hostile and federation.data.count(i)]
+    order = torch.randperm(len(places), generator=key.fold("cohort").torch())[: federation.plan.cohort].tolist()
+    chosen = sorted(places[i] for i in order)
+    private = federation.private()
+    tasks = [Task(i, key.fold("client", federation.names[i]), private) for i in chosen]
+    trainer = federation.trainer()
+    try:
+        done = {t.client: t.delta.clone() for t in trainer.train(state.theta, tasks) if t.failure is None}
+    finally:
+        trainer.close()
+    kept = sorted(i for i in done if bool(torch.isfinite(done[i]).all()))
+    return tuple(federation.names[i] for i in kept), torch.stack([done[i] for i in kept])
+
+
+def clip_norm(federation: Federation, rows: Tensor) -> float:
+    """How long a canary is: the least norm that the job clips to, or else the median of honest updates' (n, P)."""
+    norms = [float(rule.parameters["norm"]) for rule in federation.plan.transforms if "clips" in rule.definition.traits]
+    return min(norms) if norms else math.sqrt(float(distance.sq_norms(rows).median()))
