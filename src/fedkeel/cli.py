@@ -256,7 +256,7 @@ def audit(
     members: Annotated[int, typer.Option(help="The most members that are asked about, and others.")] = 2000,
     trials: Annotated[int, typer.Option(help="Rounds with a canary, and rounds without.")] = 1000,
     canaries: Annotated[int, typer.Option(help="Canaries in one round.")] = 1000,
-    delta: Annotated[float, typer.Option(help="The delta of epsilon's lower bounds.")] = 1e-5,
+    delta: Annotated[float | None, typer.Option(help="Of epsilon's lower bounds; the job's when left out.")] = None,
     seed: Annotated[int, typer.Option(help="What the audit draws comes from it.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write, or go on; DIRECTORY/audit when left out.")

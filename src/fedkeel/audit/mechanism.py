@@ -11,20 +11,21 @@ from torch import Tensor
 from fedkeel.audit import updates
 from fedkeel.core.errors import CohortError
 from fedkeel.core.keys import Key
-from fedkeel.core.types import Cohort, ServerState
+from fedkeel.core.types import Claims, Cohort, ServerState
 from fedkeel.kernels import distance
 from fedkeel.round import aggregate
+from fedkeel.round.privacy import NORM, Noiser
 from fedkeel.train import Task
 from fedkeel.world.federation import Federation
 
 
 @dataclass
 class Round:
-    """A `Release`: row transforms, codec, screens, weights, mixers and reducer of a job, at a state of its server.
+    """A `Release`: all that a job does to rows up to the direction that the model takes, at a state of its server.
 
     The first rows are the clients that train, any further ones canaries. Every call draws anew: it counts them. What
-    the optimiser makes of the direction tells no more than the direction. A job whose accounting counts on sampling
-    must have a release that samples, or more is seen here than there.
+    the optimiser makes of the direction tells no more than the direction. Where the accounting counts on sampling a
+    canary takes part by the same chance.
     """
 
     federation: Federation
@@ -38,8 +39,13 @@ class Round:
         self.calls += 1
         key = self.key.fold("call", self.calls)
         clients = [*self.clients, *(f"canary-{i}" for i in range(len(rows) - len(self.clients)))][: len(rows)]
-        arrived = updates.sent_by_job(federation, rows, clients, key)
         plan, none = federation.plan, torch.zeros_like
+        if plan.privacy is not None and plan.privacy.sampling in ("poisson", "fixed"):
+            drawn = torch.rand(len(rows), generator=key.fold("sample").torch(), dtype=torch.float64)
+            here = (drawn < plan.privacy.cohort / plan.privacy.population).tolist()
+            taken = [i for i in range(len(rows)) if i < len(self.clients) or here[i]]
+            rows, clients = rows[taken], [clients[i] for i in taken]
+        arrived = updates.sent_by_job(federation, rows, clients, key, control=self.state.control)
         counts = torch.tensor([float(self._examples(client)) for client in clients], dtype=torch.float64)
         cohort = Cohort(
             arrived,
@@ -56,10 +62,30 @@ class Round:
             federation.referee,
             gap=(none(self.state.theta),) * len(rows) if plan.looks_back else None,
         )
+        if plan.noised:
+            return self._released(cohort)
         try:
             return aggregate.aggregate(plan, cohort, self.state, {}).direction
         except CohortError:  # the round would be skipped, and the model kept
             return none(self.state.theta)
+
+    def _released(self, cohort: Cohort) -> Tensor:
+        """The noised sum of a cohort, as the server adds it up."""
+        plan = self.federation.plan
+        assert plan.privacy is not None
+        noiser, weights = Noiser(plan.privacy, self._kept()), torch.ones(len(cohort), dtype=torch.float64)
+        for rule in plan.weighers:
+            most = rule.hook("most")
+            assert most is not None
+            weights *= rule(cohort, self.state) / most()
+        for row, weight in zip(cohort.U, weights.tolist(), strict=True):
+            noiser.add(row, weight, Claims("", 0, 0, "", 1, 1))
+        return noiser.release(cohort.U.shape[1], plan.rows, self.calls).direction
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What the mechanism keeps, but for noise of rounds that are over: each call is a first round."""
+        kept = self.state.kept.get("privacy", {})
+        return {name: value for name, value in kept.items() if not name.startswith("noise/")}
 
     def _examples(self, client: str) -> int:
         """How many examples a client says it has; a canary what is usual."""
@@ -86,7 +112,9 @@ def honest(federation: Federation, state: ServerState, key: Key) -> tuple[tuple[
     return tuple(federation.names[i] for i in kept), torch.stack([done[i] for i in kept])
 
 
-def clip_norm(federation: Federation, rows: Tensor) -> float:
+def clip_norm(federation: Federation, state: ServerState, rows: Tensor) -> float:
     """How long a canary is: the least norm that the job clips to, or else the median of honest updates' (n, P)."""
+    if federation.plan.privacy is not None:
+        return float(state.control[NORM]) if NORM in state.control else federation.plan.privacy.mechanism.norm
     norms = [float(rule.parameters["norm"]) for rule in federation.plan.transforms if "clips" in rule.definition.traits]
     return min(norms) if norms else math.sqrt(float(distance.sq_norms(rows).median()))

@@ -33,8 +33,11 @@ Watch = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an audit does. `sizes` of the batches that are inverted, `iterations` of each attack; `shadows` federations
-    and at most so many `members`; `trials` with and without a canary, `canaries` in one run, both at `delta`."""
+    """What an audit does.
+
+    `sizes` of the batches that are inverted, `iterations` of each attack; `shadows` federations and at most so many
+    `members`; `trials` with and without a canary, `canaries` in one run, both at `delta`, the job's where it is None.
+    """
 
     seed: int = 0
     sizes: tuple[int, ...] = (1, 4, 8)
@@ -43,7 +46,7 @@ class Settings:
     members: int = 2000
     trials: int = 1000
     canaries: int = 1000
-    delta: float = 1e-5
+    delta: float | None = None
 
     def check(self) -> None:
         """Raises `InputError` for what can not be meant."""
@@ -53,7 +56,7 @@ class Settings:
                 raise InputError(f"{name} = {getattr(self, name)}: write {bound} or more")
         if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
             raise InputError(f"sizes = {list(self.sizes)}: write numbers of examples, as 1, 4 and 8, each once")
-        if not 0 < self.delta < 1:
+        if self.delta is not None and not 0 < self.delta < 1:
             raise InputError(f"delta = {self.delta:g}: write a probability, as 1e-5")
 
 
@@ -213,16 +216,20 @@ class _Study:
 
     def _canaries(self) -> dict[str, Any]:
         federation, settings, key = self.federation, self.settings, self.key.fold("canaries")
+        privacy = federation.plan.privacy
+        if privacy is not None and privacy.mechanism.place == "step":
+            return {"left_out": "the run hides examples, and canaries are clients"}
         clients, rows = mechanism.honest(federation, self.state, key)
         if not clients:
             return {"left_out": "no client's work gives an update from the final model"}
-        norm = mechanism.clip_norm(federation, rows)
+        norm = mechanism.clip_norm(federation, self.state, rows)
+        delta = self.settings.delta or federation.job.privacy.delta
         with torch.no_grad():
             many = canaries.in_trials(
                 mechanism.Round(federation, self.state, key.fold("trials"), clients),
                 rows,
                 norm=norm,
-                delta=settings.delta,
+                delta=delta,
                 key=key.fold("one"),
                 trials=settings.trials,
                 watch=self._told("canaries"),
@@ -231,14 +238,15 @@ class _Study:
                 mechanism.Round(federation, self.state, key.fold("run"), clients),
                 rows,
                 norm=norm,
-                delta=settings.delta,
+                delta=delta,
                 key=key.fold("many"),
                 canaries=max(20, min(settings.canaries, _MATRIX // rows.shape[1])),
             )
         return {
             "clients": len(clients),
             "norm": norm,
-            "delta": settings.delta,
+            "delta": delta,
+            **({"of_a_round": privacy.spent({privacy.event(): 1})} if privacy else {}),
             "trials": many._asdict() | {"bounds": [b._asdict() for b in many.bounds]},
             "one_run": one._asdict() | {"bounds": [b._asdict() for b in one.bounds]},
         }
@@ -259,7 +267,7 @@ def lower_bounds(found: dict[str, Any], *, gaussian: bool) -> dict[str, float]:
 
 
 def judgement(accounted: float | None, lower: dict[str, float], delta: float) -> tuple[bool, str]:
-    """Whether the accounted epsilon stands, and a sentence on it."""
+    """Whether the epsilon that is accounted for one round stands, and a sentence on it."""
     if not lower:
         return True, "Canaries were left out, so that nothing is said of ε."
     best = max(lower, key=lambda name: lower[name])
@@ -269,12 +277,12 @@ def judgement(accounted: float | None, lower: dict[str, float], delta: float) ->
         return True, f"The run accounts for no ε. Canaries show that one round alone has at least ε = {most:.2f}, {at}."
     if most > accounted:
         return False, (
-            f"The accounted ε does not hold: the run accounts for {accounted:.2f}, and canaries show that one round "
-            f"alone has at least {most:.2f}, {at}."
+            f"The accounted ε does not hold: the run accounts for {accounted:.2f} a round, and canaries show at least "
+            f"{most:.2f}, {at}."
         )
     return True, (
         f"Nothing refutes the accounted ε: canaries show at least {most:.2f} of one round, {at}, and the run accounts "
-        f"for {accounted:.2f}."
+        f"for {accounted:.2f} a round."
     )
 
 
@@ -285,7 +293,8 @@ def _written(run: Run, settings: Settings, folder: Path, done: dict[str, dict[st
     epsilons = [row["epsilon"] for row in run.rounds if row["epsilon"] is not None]
     accounted = max(epsilons) if epsilons else None
     lower = lower_bounds(done, gaussian=accounted is not None)
-    passed, verdict = judgement(accounted, lower, settings.delta)
+    alone = done.get("canaries", {}).get("of_a_round", accounted)
+    passed, verdict = judgement(alone, lower, settings.delta or run.job.privacy.delta)
     pictures = done.get("inversion", {}).get("pictures", [])
     found = {
         "run": str(run.path),
@@ -293,6 +302,7 @@ def _written(run: Run, settings: Settings, folder: Path, done: dict[str, dict[st
         "fedkeel": __version__,
         "settings": asdict(settings),
         "accounted": accounted,
+        "of_a_round": alone,
         "lower_bounds": lower,
         "passed": passed,
         "verdict": verdict,

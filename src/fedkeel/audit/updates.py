@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,15 +53,25 @@ def trained(federation: Federation, theta: Tensor, batch: Batch, work: LocalWork
         return Sent(done.delta.clone(), done.steps, work)
 
 
-def sent_by_job(federation: Federation, rows: Tensor, clients: list[str], key: Key, steps: int = 1) -> Tensor:
-    """Rows (n, P) as the server has them after the job's row transforms and codec: clients without a past."""
+def sent_by_job(
+    federation: Federation,
+    rows: Tensor,
+    clients: list[str],
+    key: Key,
+    steps: int = 1,
+    control: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Rows (n, P) as the server has them after the job's row transforms, privacy and codec: clients without a past.
+
+    `control` is what the server sent beside the model.
+    """
     plan, layout = federation.plan, federation.layout
     claims = [Claims(client, i, 0, layout.digest, 1, steps) for i, client in enumerate(clients)]
     keys = [key.fold("client", client) for client in clients]
     name, codec = wire.built(plan.codec, layout)
     arrived = torch.empty_like(rows)
     for envelope, out in zip(
-        device.prepare(rows.clone(), keys, claims, ClientMemory(), plan, layout), arrived, strict=True
+        device.prepare(rows.clone(), keys, claims, ClientMemory(), plan, layout, control), arrived, strict=True
     ):
         wire.open_payload(wire.read(envelope), name, codec, out, intact=True)
     return arrived

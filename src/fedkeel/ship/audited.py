@@ -42,7 +42,7 @@ def write(path: Path, found: Mapping[str, Any], pictures: Sequence[Mapping[str, 
         "seen": SEEN,
         "attacks": list(_attacks(membership)) if membership else [],
         "membership": membership,
-        "bounds": list(_bounds(canaries, found["accounted"])) if canaries else [],
+        "bounds": list(_bounds(canaries, found["of_a_round"])) if canaries else [],
         "canaries": canaries,
         "drawn": drawn,
         "left_out": [(title, found[n]["left_out"]) for n, title in names.items() if "left_out" in found.get(n, {})],
@@ -120,8 +120,10 @@ def _cards(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     if found["lower_bounds"]:
         most = max(found["lower_bounds"].values())
         yield {"name": "At least", "figure": f"ε ≥ {most:.2f}", "under": "of one round, by canaries, 99% confidence"}
-    said = found["accounted"]
-    figure, under = ("none", "the run promises nothing") if said is None else (f"ε ≤ {said:.2f}", "over all rounds")
+    said, alone = found["accounted"], found["of_a_round"]
+    figure, under = "none", "the run promises nothing"
+    if said is not None:
+        figure, under = f"ε ≤ {alone:.2f}", f"for one round, {said:.2f} over all of them"
     yield {"name": "Accounted", "figure": figure, "under": under}
 
 
