@@ -4,8 +4,9 @@
 1,000 clients of 60 examples on the mean, Dirichlet(0.3); an MLP of one hidden layer of 32 (25,450 parameters); 500
 clients a round expected, 100 rounds of one local epoch in batches of 10 at 0.1; server momentum 0.9; delta 1e-5.
 central, adaptive and local hide clients; the noise of central and adaptive counts on Poisson sampling; ftrl hides
-clients and counts on nothing but that a client rests for a round; examples hides examples. Without privacy everything
-is the same but the mechanism. Accuracy is the mean of the last three evaluations, every fifth round.
+clients and counts on nothing but that a client rests for a round; examples hides examples, and clients with fewer than
+30 of them do not take part. Without privacy everything is the same but the mechanism. Accuracy is the mean of the last
+three evaluations, every fifth round.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MECHANISMS: dict[str, dict[str, object]] = {
     "adaptive": {"mechanism": "adaptive(norm=0.3, quantile=0.3)"},
     "ftrl": {"mechanism": "ftrl(norm=0.3, bands=2)", "rule": "round_robin"},
     "local": {"mechanism": "local(norm=0.3)", "rule": "round_robin"},
-    "examples": {"mechanism": "examples(norm=1.0)", "rule": "round_robin"},
+    "examples": {"mechanism": "examples(norm=1.0)", "rule": "round_robin", "least_examples": 30},
 }
 EPSILONS = {
     "central": (8, 4, 2, 1),

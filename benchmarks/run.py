@@ -24,15 +24,18 @@ import compression
 import defence_tables
 import deployment
 import detection
+import dpsgd
 import localwork
 import methods
 import niid
 import outofcore
 import overhead
 import personal
+import privacy
 import published
 import reducers
 import resumable
+import secagg
 import simulation
 import week
 
@@ -96,8 +99,12 @@ def write_tables() -> None:
         text = replaced(text, "personal", personal.table(resumable.read(personal.RESULTS)))
     if asynchrony.RESULTS.exists():  # by benchmarks/asynchrony.py
         text = replaced(text, "asynchrony", asynchrony.table(resumable.read(asynchrony.RESULTS)))
+    if privacy.RESULTS.exists():  # by benchmarks/privacy.py
+        text = replaced(text, "privacy", privacy.table(resumable.read(privacy.RESULTS)))
     if compression.RESULTS.exists():  # by benchmarks/compression.py
         text = replaced(text, "compression", compression.table(resumable.read(compression.RESULTS)))
+    text = replaced(text, "dpsgd", dpsgd.table(results["dpsgd"])) if "dpsgd" in results else text
+    text = replaced(text, "secagg", secagg.table(results["secagg"])) if "secagg" in results else text
     text = replaced(text, "week", week.table(results["week"])) if "week" in results else text
     text = replaced(text, "deployment", deployment.table(results["deployment"])) if "deployment" in results else text
     text = replaced(text, "methods", methods.table(results["methods"])) if "methods" in results else text
