@@ -13,11 +13,11 @@ FEDAVG, LOCAL, CENTRALISED = "FedAvg", "local-only", "centralised"
 def baselines(job: Job) -> dict[str, Job]:
     """The baselines of a job, by name: the same data, model, local optimiser, local epochs and rounds.
 
-    FedAvg has no corrections but weight decay, no private layers, and the plain mean by examples, under the same
-    attack. Alone and centralised training have nobody hostile among them; there everyone takes part in every round.
-    Where clients do a number of steps and not of epochs, centralised training does as many as all of a cohort together.
-    FedAvg waits for all, on the job's devices; alone and centralised nobody waits, and all work as often as a job's
-    client does on the mean, or in the job's time as often as a device of time 1 could.
+    FedAvg has no corrections but weight decay, no private layers, no noise, and the plain mean by examples, under the
+    same attack. Alone and centralised training have nobody hostile among them; there everyone takes part in every
+    round. Where clients do a number of steps and not of epochs, centralised training does as many as all of a cohort
+    together. FedAvg waits for all, on the job's devices; alone and centralised nobody waits, and all work as often as a
+    job's client does on the mean, or in the job's time as often as a device of time 1 could.
     """
     sections: dict[str, Any] = job.model_dump(mode="json", exclude_none=True)
     decay = [text for text in job.train.corrections if text.startswith("l2(")]
@@ -25,7 +25,9 @@ def baselines(job: Job) -> dict[str, Job]:
     train.pop("private_first", None)
     model = {**sections["model"], "private": []}
     record = {key: value for key, value in sections["record"].items() if key not in ("fine_tune", "contribution")}
-    plain = {key: value for key, value in sections.items() if key not in ("aggregate", "quarantine", "client")}
+    plain = {
+        key: value for key, value in sections.items() if key not in ("aggregate", "quarantine", "client", "privacy")
+    }
     plain |= {"train": train, "model": model, "record": record}
     plain["data"] = {**sections["data"], "pooled": False}
     plain["server"] = {"examples": job.server.examples}

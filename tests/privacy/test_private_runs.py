@@ -19,10 +19,12 @@ import torch
 
 import fedkeel
 from fedkeel import plugins
+from fedkeel.baselines import baselines
 from fedkeel.cli import app
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.types import Claims, ClientMemory, ServerState
+from fedkeel.deploy import FedKeel
 from fedkeel.round import device, wire
 from fedkeel.round.accountant import Poisson, Uses, epsilon
 from fedkeel.round.protect import USES
@@ -112,6 +114,13 @@ def test_any_rule_may_follow_local_noise(rule: str) -> None:
     ).plan
     assert plan.privacy is not None
     assert plan.privacy.sampling == "uses"
+
+
+def test_baselines_have_no_noise_and_a_flower_app_none_that_is_not_counted() -> None:
+    found = baselines(job())
+    assert all(baseline.privacy.mechanism is None for baseline in found.values())
+    with pytest.raises(InputError, match=r"privacy.mechanism = .* needs more than a Flower app does"):
+        FedKeel(job())
 
 
 # -- how sampling is counted

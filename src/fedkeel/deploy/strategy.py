@@ -32,6 +32,7 @@ from fedkeel.world.federation import build_plan
 LOOK = 1.0
 """Seconds between two looks at who is there."""
 _NOT_HERE = (
+    "privacy.mechanism",
     "train.corrections",
     "model.private",
     "select.rule",
