@@ -31,6 +31,7 @@ from fedkeel.round.protect import USES
 from fedkeel.ship import card
 from fedkeel.sim.simulator import Simulator
 from fedkeel.world.federation import Federation
+from fedkeel.world.record import rewound
 
 BASE: dict[str, Any] = {
     "name": "private",
@@ -77,6 +78,10 @@ def run(where: Path, **changes: Any) -> fedkeel.Run:
         ({"privacy": {"epsilon": 1e-9, "delta": 1e-12}}, "can not be kept with any noise"),
         ({"privacy": {"mechanism": "ftrl(norm=0.5, bands=5)"}}, "lower bands to that"),
         ({"privacy": {"mechanism": "adaptive()", "epsilon": 0.5}}, "too few for noise"),
+        (
+            {"privacy": {"mechanism": "ftrl(norm=0.5, bands=2)"}, "schedule": {"rule": "fedbuff(buffer=5)"}},
+            "uses late updates",
+        ),
         ({"privacy": {"uses": 3}}, "privacy.uses = 3 bounds each client's rounds"),
         ({"privacy": {"mechanism": None}}, "name privacy.mechanism, as 'central'"),
         ({"data": {"pooled": True}}, "leaves no clients to hide"),
@@ -329,9 +334,24 @@ def test_rounds_done_again_are_spent_again_and_the_budget_still_holds(tmp_path: 
     assert json.loads(json.dumps(redone[0]["charge"]))
 
 
+def test_rounds_done_again_are_not_correlated_with_the_rounds_before(tmp_path: Path) -> None:
+    ftrl = {"mechanism": "ftrl(norm=0.5, noise=1.0, bands=3)", "epsilon": None}
+    described = job(privacy=ftrl, select={"rule": "uniform"}, record={"checkpoint_every": 2})
+    (tmp_path / "run.toml").write_text(described.to_toml())
+    killed(tmp_path / "run", 4)
+    run = fedkeel.Run(tmp_path / "run")
+    assert set(run.state.kept["privacy"]) == {"noise/1", "noise/2"}
+    with run.dir.ledger() as ledger:
+        state = rewound(ledger, run.state)
+        assert state.kept["privacy"] == {}
+        assert sum(state.privacy["uses"].values()) == 40  # two rounds, and two that will be done again
+        again = rewound(ledger, run.state.replace(privacy=state.privacy))
+        assert set(again.kept["privacy"]) == {"noise/1", "noise/2"}  # nothing is done again
+
+
 def test_a_resumed_run_with_known_noise_is_the_unbroken_one(tmp_path: Path) -> None:
-    known = {"mechanism": "ftrl(norm=0.5, noise=1.0, bands=3)", "epsilon": None, "insecure_reproducible_noise": True}
-    described = job(privacy=known, select={"rule": "uniform"}, record={"checkpoint_every": 2})
+    known = {"mechanism": "adaptive(noise=0.5)", "epsilon": None, "insecure_reproducible_noise": True}
+    described = job(privacy=known, record={"checkpoint_every": 2})
     whole = fedkeel.run(described, tmp_path / "whole", with_report=False)
     (tmp_path / "run.toml").write_text(described.to_toml())
     killed(tmp_path / "run", 4)

@@ -14,7 +14,7 @@ from fedkeel.core.keys import Key
 from fedkeel.core.types import Claims, Cohort, ServerState
 from fedkeel.kernels import distance
 from fedkeel.round import aggregate
-from fedkeel.round.privacy import NORM, Noiser
+from fedkeel.round.privacy import KEPT, NORM, Noiser, uncorrelated
 from fedkeel.train import Task
 from fedkeel.world.federation import Federation
 
@@ -73,7 +73,8 @@ class Round:
         """The noised sum of a cohort, as the server adds it up."""
         plan = self.federation.plan
         assert plan.privacy is not None
-        noiser, weights = Noiser(plan.privacy, self._kept()), torch.ones(len(cohort), dtype=torch.float64)
+        kept = uncorrelated(self.state.kept.get(KEPT, {}))  # each call is a first round
+        noiser, weights = Noiser(plan.privacy, kept), torch.ones(len(cohort), dtype=torch.float64)
         for rule in plan.weighers:
             most = rule.hook("most")
             assert most is not None
@@ -81,11 +82,6 @@ class Round:
         for row, weight in zip(cohort.U, weights.tolist(), strict=True):
             noiser.add(row, weight, Claims("", 0, 0, "", 1, 1))
         return noiser.release(cohort.U.shape[1], plan.rows, self.calls).direction
-
-    def _kept(self) -> dict[str, Tensor]:
-        """What the mechanism keeps, but for noise of rounds that are over: each call is a first round."""
-        kept = self.state.kept.get("privacy", {})
-        return {name: value for name, value in kept.items() if not name.startswith("noise/")}
 
     def _examples(self, client: str) -> int:
         """How many examples a client says it has; a canary what is usual."""

@@ -125,6 +125,8 @@ class Coordinator:
         self.server = server
         self.rounds = rounds
         self.roster = Roster(clients, server.state.roster)
+        if server.account is not None:
+            server.account.privacy.check_population(len(self.roster.names))
         self._key = key
         self._evaluate_every = evaluate_every
         self._checkpoint_every = checkpoint_every

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.noise import Noise, cut, rounded, unit_of
 from fedkeel.core.types import Claims, Mechanism
@@ -22,6 +23,9 @@ NORM = "privacy/norm"
 """Under what name clients are sent the norm that holds in this round."""
 WITHIN = "within_norm"
 """The metric by which a client tells 1 where its update was within that norm, else 0."""
+KEPT = "privacy"
+"""Under what name a server's state keeps what its mechanism keeps."""
+_NOISE = "noise/"
 _SHAVED = 1 - 2.0**-20  # of a norm: its computation is right to float32
 
 
@@ -73,6 +77,14 @@ class Privacy:
     def planned(self) -> dict[Event, int]:
         """What the whole run costs, if every round is as planned."""
         return {self.event(): self.uses if self.by_client else self.rounds}
+
+    def check_population(self, clients: int) -> None:
+        """Raise `InputError` where there are fewer clients than the rate of sampling was reckoned with."""
+        if self.sampling == "poisson" and clients < self.population:
+            raise InputError(
+                f"data.clients = {self.population} is what privacy reckons with, and there are {clients}, who would be "
+                "drawn more often: set it to that"
+            )
 
     @property
     def by_client(self) -> bool:
@@ -299,10 +311,15 @@ class Noiser:
         """C^-1 z, row by row: C banded, its columns (1, 1/2, 3/8, ...), the square root of the prefix sums' matrix."""
         bands = self._mechanism.bands
         drawn.mul_(math.sqrt(math.fsum(c * c for c in banded_root(bands))))
-        before = [self._kept[name] for i in range(1, bands) if (name := f"noise/{i}") in self._kept]
+        before = [self._kept[name] for i in range(1, bands) if (name := f"{_NOISE}{i}") in self._kept]
         for coefficient, noise in zip(banded_root(bands)[1:], before, strict=False):
             drawn.sub_(noise, alpha=coefficient)
-        return drawn, {f"noise/{i}": noise for i, noise in enumerate([drawn, *before][: bands - 1], 1)}
+        return drawn, {f"{_NOISE}{i}": noise for i, noise in enumerate([drawn, *before][: bands - 1], 1)}
+
+
+def uncorrelated(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a mechanism keeps, but for the noises of rounds that are over: the next round is as a first one."""
+    return {name: value for name, value in kept.items() if not name.startswith(_NOISE)}
 
 
 def banded_root(bands: int) -> list[float]:

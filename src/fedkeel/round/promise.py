@@ -44,6 +44,11 @@ def promised(
             f"privacy.uses = {uses} bounds each client's rounds, and with select.rule = '{plan.select!r}' the rounds "
             "of all are what is counted: leave it out"
         )
+    if mechanism.bands > 1 and plan.max_staleness:
+        raise InputError(
+            f"schedule.rule = '{plan.schedule!r}' uses late updates, so that a client's may come closer together than "
+            f"the {mechanism.bands} bands of privacy.mechanism: use sync, or central noise"
+        )
     if mechanism.bands > 1 and plan.rows * mechanism.bands > plan.population:
         raise InputError(
             f"privacy.mechanism: with bands = {mechanism.bands} a client rests for so many rounds, and {plan.rows} of "

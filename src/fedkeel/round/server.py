@@ -38,12 +38,11 @@ from fedkeel.round.controls import first_control, next_control
 from fedkeel.round.downlink import Downlink
 from fedkeel.round.minutes import Minutes, described
 from fedkeel.round.plan import Plan
-from fedkeel.round.privacy import NORM, Account, Noiser
+from fedkeel.round.privacy import KEPT, NORM, Account, Noiser
 from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
 
 _log = logging.getLogger("fedkeel")
-_PRIVACY = "privacy"
 
 
 @dataclass(slots=True)
@@ -78,7 +77,7 @@ class Server:
         self.state = state.replace(opt=opt, control=state.control or first_control(plan, layout))
         self.account = Account(plan.privacy, state.privacy) if plan.privacy else None
         """What is spent of privacy, where the plan promises any."""
-        self._noiser = Noiser(plan.privacy, state.kept.get(_PRIVACY, {})) if plan.privacy and plan.noised else None
+        self._noiser = Noiser(plan.privacy, state.kept.get(KEPT, {})) if plan.privacy and plan.noised else None
         self._codec_name, self._codec = wire.built(plan.codec, layout)
         self._header_checks = [c for c in plan.checks if "header" in c.definition.traits]
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
@@ -365,7 +364,7 @@ class Server:
             cohort = self._cohort(self._store.in_order(), self._admitted)
             used = Used(cohort, weights, list(range(len(cohort))))
             found = dict(enumerate(cosines(cohort, direction, norm)))
-        memory = {**self.state.kept, _PRIVACY: kept}
+        memory = {**self.state.kept, KEPT: kept}
         return Outcome(direction, norm, dict(enumerate(shares)), found, kept=memory, used=used)
 
     def _cohort(self, U: Tensor, admitted: Sequence[_Admitted]) -> Cohort:

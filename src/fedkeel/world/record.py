@@ -15,6 +15,7 @@ from fedkeel.config import Job
 from fedkeel.core.errors import InputError
 from fedkeel.core.types import LOST, ClientMemory, RoundReport, ServerState
 from fedkeel.round.plan import Plan
+from fedkeel.round.privacy import KEPT, uncorrelated
 from fedkeel.ship import card, checkpoint
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
@@ -126,7 +127,11 @@ def check_rules(directory: RunDir, ledger: Ledger, plan: Plan, remedy: str) -> N
 
 
 def rewound(ledger: Ledger, state: ServerState) -> ServerState:
-    """Take the ledger back to a checkpoint's round; the state knows then what the rounds after it have spent."""
+    """Take the ledger back to a checkpoint's round; the state knows then what the rounds after it have spent.
+
+    Noise that rounds were to take back in part was taken back in those that are done again: correlation begins anew, or
+    clients of the rounds before would be seen through it once more than is counted.
+    """
     ledger.rewind(state.round)
     privacy: dict[str, Any] = {"events": {}, "uses": {}, "redone": 0, **state.privacy}
     for row in ledger.redone(after=privacy["redone"]):
@@ -135,7 +140,9 @@ def rewound(ledger: Ledger, state: ServerState) -> ServerState:
             counts.update(row["charge"][kind])
             privacy[kind] = dict(counts)
         privacy["redone"] = row["number"]
-    return state.replace(privacy=privacy) if privacy["redone"] else state
+    if privacy["redone"] == state.privacy.get("redone", 0):
+        return state
+    return state.replace(privacy=privacy, kept={**state.kept, KEPT: uncorrelated(state.kept.get(KEPT, {}))})
 
 
 def described(federation: Federation, backend: str, settings: str) -> dict[str, Any]:
