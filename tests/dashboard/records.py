@@ -46,7 +46,7 @@ def many(path: Path, rounds: int, clients: int, updates: int) -> None:
     with db:
         db.execute(
             "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r WHERE n < ?) INSERT INTO rounds SELECT "
-            """n, n, n * 2.0, NULL, 0.1, 10000, 9000, NULL, '{"train":0.5,"aggregate":0.1}', 1.7e9 + n FROM r""",
+            """n, n, n * 2.0, NULL, 0.1, 10000, 9000, NULL, '{"train":0.5,"aggregate":0.1}', 1.7e9 + n, NULL FROM r""",
             (rounds,),
         )
         refused = "(round + j) % 17 = 0"
