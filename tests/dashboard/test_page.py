@@ -101,6 +101,7 @@ def test_the_figures_are_the_ledger_s(page, watched):
     assert classes["phone"][1:4] == ["16", "6", "51.6%"]
     assert page.inner_text("#found") == "1 to 25 of 31"
     page.click("#model-charts summary")
+    page.wait_for_selector("#model-charts figure:first-child tbody tr")  # drawn when it opens
     rows = page.query_selector_all("#model-charts figure:first-child tbody tr")
     assert rows[0].inner_text().split("\t") == ["12", "70.0% (68.0% to 72.0%)"]
     assert len(rows) == 12
