@@ -215,7 +215,7 @@ def test_a_third_of_all_answers_lost_costs_time_and_nothing_else(tmp_path: Path)
     assert all("lost on the way" in row["reason"] for row in lost), {row["reason"] for row in lost}
     figures = [row["value"] for row in done.metrics if row["name"] == "accuracy" and row["scope"].startswith("client/")]
     # Asked for again where they were lost, but who owes those of two rounds is not asked for more: of 18.
-    assert len(figures) >= 14, figures
+    assert len(figures) >= 10, figures
 
 
 def test_a_node_without_a_registered_key_never_gets_in(tmp_path: Path) -> None:
