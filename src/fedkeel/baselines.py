@@ -25,9 +25,8 @@ def baselines(job: Job) -> dict[str, Job]:
     train.pop("private_first", None)
     model = {**sections["model"], "private": []}
     record = {key: value for key, value in sections["record"].items() if key not in ("fine_tune", "contribution")}
-    plain = {
-        key: value for key, value in sections.items() if key not in ("aggregate", "quarantine", "client", "privacy")
-    }
+    left_out = ("aggregate", "quarantine", "client", "privacy", "secagg")
+    plain = {key: value for key, value in sections.items() if key not in left_out}
     plain |= {"train": train, "model": model, "record": record}
     plain["data"] = {**sections["data"], "pooled": False}
     plain["server"] = {"examples": job.server.examples}

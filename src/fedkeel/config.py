@@ -199,6 +199,20 @@ class Privacy(Section):
     )
 
 
+class Secagg(Section):
+    """Sums under masks: the server is given sums of clients' updates, and no update."""
+
+    size: Annotated[int, Field(ge=3, le=1000)] | None = Field(
+        None, description="clients that add up together, at least; every update goes to the server when left out"
+    )
+    norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="L2 norm that updates are scaled down to; 100, or privacy.mechanism's, when left out"
+    )
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        60.0, description="that each step of a sum waits for its last client, in a deployment"
+    )
+
+
 class Server(Section):
     """How the model moves along the aggregate."""
 
@@ -258,6 +272,7 @@ class Job(Section):
     aggregate: Aggregate = Aggregate()
     quarantine: Quarantine = Quarantine()
     privacy: Privacy = Privacy()
+    secagg: Secagg = Secagg()
     server: Server = Server()
     attack: Attack = Attack()
     record: Record = Record()
@@ -292,6 +307,10 @@ class Job(Section):
             )
         if self.privacy.mechanism is None and self.privacy != Privacy():
             raise InputError("privacy says how much is hidden, but not by what: name privacy.mechanism, as 'central'")
+        if self.secagg.size is None and self.secagg != Secagg():
+            raise InputError("secagg says how updates are added up, but not in groups of how many: set secagg.size")
+        if self.data.pooled and self.secagg.size is not None:
+            raise InputError("data.pooled leaves no clients to add up: leave out secagg.size")
         if self.data.pooled and self.privacy.mechanism is not None:
             raise InputError("data.pooled leaves no clients to hide: leave out privacy.mechanism")
         if self.data.pooled and self.devices != Devices():

@@ -74,6 +74,18 @@ def lenet() -> nn.Module:
     )  # fmt: skip
 
 
+class Reused(nn.Module):
+    """Uses a layer's weights outside it: what the layer is given does not say its whole gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = nn.Linear(64, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x.flatten(1)))
+        return self.out(h) + functional.linear(x.flatten(1), self.body.weight[:4])
+
+
 class Root(nn.Module):
     """Its slope is infinite at zero."""
 
@@ -320,8 +332,14 @@ def test_a_gradient_that_is_not_finite_fails_its_client_alone(backend: str) -> N
 
 def test_auto_is_the_fastest_that_fits() -> None:
     fastest = "traced" if isinstance(native.library(), str) else "native"
-    for name, chosen in (("mlp", fastest), ("lenet", fastest), ("attention", "traced"), ("dropout", "loop")):
-        case = {**CASES, **TRAINED}[name]
+    for name, chosen in (
+        ("mlp", fastest),
+        ("lenet", fastest),
+        ("attention", "traced"),
+        ("dropout", "loop"),
+        ("reused", "loop"),
+    ):
+        case = {**CASES, **TRAINED, "reused": Case(Reused)}[name]
         module = module_of(case)
         trainer = make_trainer("auto", module, Layout.of(module), data_of(case), noised(work_of(case)))
         assert trainer.name == chosen

@@ -13,8 +13,8 @@ from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.kernels import combine, distance
 
-Stage = Literal["train", "transport", "decode", "check", "screen", "weigh", "late", "quarantine"]
-LOST: tuple[Stage, ...] = ("train", "transport", "late")
+Stage = Literal["train", "transport", "decode", "check", "screen", "weigh", "sum", "late", "quarantine"]
+LOST: tuple[Stage, ...] = ("train", "transport", "sum", "late")
 """Stages at which an update is lost, not refused: nobody is accused."""
 
 

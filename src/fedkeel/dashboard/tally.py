@@ -12,7 +12,7 @@ from fedkeel.dashboard.bins import POINTS, Bins, Point, Span
 from fedkeel.ship.summary import natural
 
 END = ("late", "end")  # work that was under way when the run ended: nothing went wrong
-LOST = frozenset(("train", "transport", "late"))  # nobody is accused
+LOST = frozenset(("train", "transport", "sum", "late"))  # nobody is accused
 RECENT = 20  # rounds that tell how it goes now
 NEWEST = 20  # clients whose newest refusal is kept word by word
 CURVES = 8  # metrics, and classes of devices, that are drawn

@@ -42,8 +42,12 @@ class Outcome:
     scale: float = 1.0
 
 
-def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int, Refusal]) -> Outcome:
+def aggregate(
+    plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int, Refusal], given: Tensor | None = None
+) -> Outcome:
     """The aggregate of the cohort; what screens and weighers refuse goes into `refused`, by row.
+
+    `given` are the rows' weights (n,), of sums that clients have weighed themselves: no weigher is asked.
 
     Where screens refuse rows the others move up in `cohort.U`, in place: no second matrix. Raises `CohortError` when
     too few are left for the plan's rules, or a rule gives what its kind may not.
@@ -66,27 +70,28 @@ def aggregate(plan: Plan, cohort: Cohort, state: ServerState, refused: dict[int,
         raise CohortError("no update was left after screening")
     if len(rows) < len(cohort):
         cohort = _compacted(cohort, rows)
-    for rule in (*plan.weighers, plan.reducer):
+    weighers = plan.weighers if given is None else ()
+    for rule in (*weighers, plan.reducer):
         if rule.needs > len(cohort):
             raise CohortError(f"{rule.kind} '{rule!r}' needs {rule.needs} rows, {len(cohort)} were left")
-    weights = torch.ones(len(cohort), dtype=torch.float64)
+    weights = torch.ones(len(cohort), dtype=torch.float64) if given is None else given[rows]
     absolute = torch.ones_like(weights)
-    for rule in plan.weighers:
-        given = asked(rule, cohort)
-        assert isinstance(given, Tensor)
-        if given.shape != weights.shape or not bool((torch.isfinite(given) & (given >= 0)).all()):
+    for rule in weighers:
+        own = asked(rule, cohort)
+        assert isinstance(own, Tensor)
+        if own.shape != weights.shape or not bool((torch.isfinite(own) & (own >= 0)).all()):
             raise CohortError(f"weigher '{rule!r}' gave weights that are not {len(weights)} numbers of 0 or more")
-        for row in torch.nonzero((given == 0) & (weights > 0)).flatten().tolist():
+        for row in torch.nonzero((own == 0) & (weights > 0)).flatten().tolist():
             held = _trust(rule, memory, cohort.client[row])
             why = "" if held is None else f": its client's trust is {held:.3f}, 1 is the mean"
             refused[rows[row]] = Refusal("weigh", rule.name, f"{rule.name} gave it weight 0{why}", held)
-        weights = weights * given
+        weights = weights * own
         if "absolute" in rule.definition.traits:
-            absolute = absolute * given
+            absolute = absolute * own
     shares = weights / sum_of(weights)
     trust = {
         row: held
-        for rule in plan.weighers
+        for rule in weighers
         for row, client in zip(rows, cohort.client, strict=True)
         if (held := _trust(rule, memory, client)) is not None
     }

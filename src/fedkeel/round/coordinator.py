@@ -17,6 +17,8 @@ from fedkeel.core.roster import Candidates, Register, Roster
 from fedkeel.core.types import InFlight, Refusal, RoundReport, ServerState, Stage, View
 from fedkeel.round.plan import Plan
 from fedkeel.round.server import Server
+from fedkeel.secagg.groups import GroupSum
+from fedkeel.secagg.terms import Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,13 @@ class Cancel:
 
     client: str
     task: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Have each group add up the rows that its members hold, under masks; `on_sums` tells what came of it."""
+
+    groups: tuple[Terms, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ class Done:
 _LARGE = 3e38
 MOST_STRETCH = 64.0
 """The most that an interval rule lengthens or shortens a client's work by."""
-Command = Train | Cancel | Record | Evaluate | Checkpoint | Wait | Done
+Command = Train | Cancel | Sum | Record | Evaluate | Checkpoint | Wait | Done
 
 
 class Presence(Protocol):
@@ -141,6 +150,7 @@ class Coordinator:
         self._started = self._lost = 0
         self._began = now
         self._over = False
+        self._summing: bool | None = None  # while sums are awaited: whether the round is the last
         self._nobody = False  # was drawn, where each client is drawn by itself
         self._spent = server.account is not None and server.account.spent(self.roster.names)
 
@@ -179,6 +189,13 @@ class Coordinator:
         self._abandon(client, Refusal(stage, "failure", why), now)
         return self._advance(now, more)
 
+    def on_sums(self, sums: Sequence[GroupSum], now: float) -> list[Command]:
+        """What came of the groups of the last `Sum`, in their order."""
+        if self._over or self._summing is None:
+            return []
+        last, self._summing = self._summing, None
+        return self._closed(now, None, last, sums) + self._advance(now)
+
     def on_tick(self, now: float) -> list[Command]:
         """The time has come that a `Wait` named; harmless at any other time."""
         return [] if self._over else self._advance(now)
@@ -203,6 +220,8 @@ class Coordinator:
         """Ask the scheduler until it is content: start, close, or wait."""
         commands: list[Command] = []
         while True:
+            if self._summing is not None:
+                return commands
             if self.server.state.round >= self.rounds:
                 self._over = True
                 return [*commands, Done(f"{self.rounds} rounds are done")]
@@ -333,7 +352,13 @@ class Coordinator:
                 given_up.append(Cancel(client, order.task))
                 why = f"no answer within {now - order.since:g} s"
                 self._abandon(client, Refusal("late", "end" if last else "deadline", why), now)
-        report = self.server.close(now, skip)
+        if skip is None and (groups := self.server.groups()):
+            self._summing = last
+            return [*given_up, Sum(groups)]
+        return [*given_up, *self._closed(now, skip, last)]
+
+    def _closed(self, now: float, skip: str | None, last: bool, sums: Sequence[GroupSum] = ()) -> list[Command]:
+        report = self.server.close(now, skip, sums)
         if self.plan.interval is not None:
             self._stretch(self.plan.interval, report)
         self.roster.busy[self._resting] = False
@@ -343,7 +368,7 @@ class Coordinator:
         self._began = now
         self._nobody = False
         done = self.server.state.round
-        commands = given_up
+        commands: list[Command] = []
         if last or done % self._evaluate_every == 0:
             commands.append(Evaluate(done, self.server.state.version))
         commands.append(Record(report))

@@ -13,9 +13,9 @@ from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.types import Claims, ClientMemory
 from fedkeel.kernels import distance
-from fedkeel.round import wire
+from fedkeel.round import secure, wire
 from fedkeel.round.plan import Plan
-from fedkeel.round.protect import protect
+from fedkeel.round.protect import norm_of, protect
 
 _draw = random.SystemRandom()
 CORRECTION = "correction/"
@@ -47,6 +47,8 @@ def label_shares(client: str, counts: Tensor, noise: float, memory: ClientMemory
 def recall(client: str, settled: int | None, memory: ClientMemory) -> None:
     """Settle what the client's last task left pending: keep it if its update was used, else let go of it.
 
+    A row that was in no sum is let go of.
+
     Client and server stay of one mind so: a control variate that moved on the client moves at the server as well.
     """
     held = memory.of(client)
@@ -55,7 +57,7 @@ def recall(client: str, settled: int | None, memory: ClientMemory) -> None:
         for name in pending:
             if name != _TASK:
                 memory.rename(client, name, name.removeprefix(_PENDING))
-    memory.forget(client, pending)
+    memory.forget(client, [*pending, secure.ROW])
 
 
 def remember(
@@ -118,12 +120,23 @@ def send(
     layout: Layout,
     control: Mapping[str, Tensor] | None = None,
     round: int = 1,
+    *,
+    honest: bool = True,
 ) -> list[bytes]:
     """Seal rows (n, P), one envelope each, and keep what is to be kept of what arrives.
 
-    With error feedback what the codec loses of a row is added to the client's next one (Karimireddy et al. 2019,
-    algorithm 2), whether the update is used or not. A row that is not finite leaves nothing behind.
+    For a sum under masks an envelope has no row: the client keeps it (`secure.take`). Raises `ValueError` there for a
+    row that is not finite; `honest` as in `secure.hold`. With error feedback what the codec loses of a row is added to
+    the client's next one (Karimireddy et al. 2019, algorithm 2), whether the update is used or not. A row that is not
+    finite leaves nothing behind.
     """
+    if plan.secure is not None:
+        grid = plan.secure.grid(norm_of(plan, control or {}))
+        for row, claim in zip(rows, claims, strict=True):
+            weight = secure.weight_of(plan.weighers, claim)
+            secure.hold(row, weight, grid, claim.client, memory, honest=honest)
+        remember(rows, claims, memory, plan, control or {}, round)
+        return [wire.seal(claim, secure.MASKED, b"") for claim in claims]
     name, codec = wire.built(plan.codec, layout)
     if plan.error_feedback:
         zero = torch.zeros(rows.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from fedkeel.core.registry import Rule, require_once
 from fedkeel.core.work import LocalWork
 from fedkeel.round.privacy import Privacy
 from fedkeel.round.quarantine import Quarantine
+from fedkeel.round.secure import Secure, most
 
 STREAM_ABOVE = 256 * 2**20
 """Bytes of a cohort's matrix above which a mean is summed as updates arrive, and no matrix is kept."""
@@ -22,8 +24,8 @@ class Plan:
     `cohort` clients are selected a round. Clients that tell their label shares tell those of `label_classes` classes;
     0: what they tell is ignored. `work` is what clients do, where the server needs to know; `population` how many there
     are in all, at least the cohort. `down` codes the model's way down; None: it is sent in full. `privacy` is what
-    `promise.promised` made of a mechanism. The constructor
-    refuses combinations that can never close a round.
+    `promise.promised` made of a mechanism. With `secure` updates are added up under masks, in groups, and screens,
+    mixers and the reducer see the groups' means. The constructor refuses combinations that can never close a round.
     """
 
     select: Rule
@@ -49,6 +51,7 @@ class Plan:
     down: Rule | None = None
     down_zstd: int = 0
     privacy: Privacy | None = None
+    secure: Secure | None = None
 
     def __post_init__(self) -> None:
         if self.cohort < 1:
@@ -59,8 +62,11 @@ class Plan:
             if self.rows == self.cohort
             else f"'{self.schedule!r}' closes with {self.rows}"
         )
+        if self.secure is not None:
+            self._check_secure(self.secure)
+            where = f"secagg.size = {self.secure.size} makes {self.seen} sums of {self.rows} updates"
         for rule in (*self.screens, *self.weighers, *self.mixers, self.reducer):
-            if rule.needs > self.rows:
+            if rule.needs > self.seen:
                 raise InputError(
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but {where}: "
                     f"raise that or lower the rule's parameter"
@@ -76,6 +82,11 @@ class Plan:
         """How many updates a close may count on."""
         hook = self.schedule.hook("rows")
         return self.cohort if hook is None else int(hook(self.cohort))
+
+    @cached_property
+    def seen(self) -> int:
+        """How many rows screens, mixers and the reducer may count on: updates, or sums of them."""
+        return self.rows if self.secure is None else self.secure.groups(self.rows)
 
     @cached_property
     def max_staleness(self) -> int:
@@ -119,6 +130,38 @@ class Plan:
                 "corrections reckon with: leave out one of train.lr_schedule, train.corrections, and late updates"
             )
 
+    def _check_secure(self, secure: Secure) -> None:
+        """Refuse what needs a single update, which nobody sees under masks."""
+
+        def refuse(what: str, why: str, remedy: str) -> None:
+            raise InputError(f"{what} and sums under masks (secagg.size): {why}; {remedy}")
+
+        if secure.least > self.rows:
+            raise InputError(
+                f"secagg.size = {secure.size} needs {secure.least} clients to the end, and {self.rows} take part in a "
+                "round: lower it, or raise select.cohort"
+            )
+        if self.max_staleness:
+            refuse(f"schedule '{self.schedule!r}'", "who is late has nobody to add up with", "write sync or semi_sync")
+        for rule in self.checks:
+            if "header" not in rule.definition.traits:
+                refuse(f"check '{rule!r}'", "it looks at single updates", "leave it out")
+        for rule in (*self.screens, *self.weighers):
+            if rule.definition.init is not None:
+                refuse(f"{rule.kind} '{rule!r}'", "it keeps something of each client's updates", "leave it out")
+        for rule in self.weighers:
+            if most(rule) == math.inf:
+                why = "a client weighs its update itself, by a weight that has a bound and depends on nobody else"
+                refuse(f"weigher '{rule!r}'", why, "write examples(cap=100), say, or equal")
+        for rule in (*self.mixers, *self.corrections):
+            if {"by_steps", "looks_back"} & rule.definition.traits or rule.hook("control"):
+                refuse(f"{rule.kind} '{rule!r}'", "it goes by each client's update and steps", "leave it out")
+        for key, named in (("record.contribution", self.contribution), ("schedule.interval", self.interval)):
+            if named is not None:
+                refuse(f"{key} = '{named!r}'", "it goes by each client's update", "leave it out")
+        if self.codec.name != "float32" or self.zstd or self.error_feedback:
+            refuse("client.codec, zstd and error_feedback", "a masked row can not be made smaller", "leave them out")
+
     def _check_partners(self) -> None:
         """Refuse half of a method that has a client's and a server's half, and mixers out of their place."""
         halves = [rule for rule in (*self.corrections, self.optimiser) if "partner" in rule.definition.traits]
@@ -134,22 +177,22 @@ class Plan:
 
     def _check_what_is_left(self) -> None:
         """Refuse a rule that needs more rows than those before it leave."""
-        left, by = self.rows, ""
+        left, by = self.seen, ""
 
         def take(rule: Rule, given: int) -> None:
             nonlocal left, by
             if rule.needs > given:
                 raise InputError(
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but {by} "
-                    f"leaves {given} of {self.rows}: choose one of the two, or the reducer 'mean'"
+                    f"leaves {given} of {self.seen}: choose one of the two, or the reducer 'mean'"
                 )
             if rule.leaves(given) < left:
                 left, by = rule.leaves(given), f"{rule.kind} '{rule!r}'"
 
         for rule in self.screens:  # each of them sees the whole cohort
-            take(rule, self.rows)
+            take(rule, self.seen)
         screened = left
-        for rule in self.weighers:
+        for rule in self.weighers if self.secure is None else ():
             take(rule, screened)
         for rule in (*self.mixers, self.reducer):
             take(rule, left)
@@ -182,7 +225,7 @@ class Plan:
         """Whether this plan sums rows as they come: a mean by per-row weights, too large to be worth keeping."""
         per_row = all("per_row" in w.definition.traits for w in self.weighers)
         kept = self.screens or self.mixers or self.contribution
-        mean = "streams" in self.reducer.definition.traits and not kept
+        mean = "streams" in self.reducer.definition.traits and not kept and self.secure is None
         return mean and per_row and 4 * self.rows * columns > STREAM_ABOVE
 
     @property
@@ -198,11 +241,12 @@ class Plan:
             ("interval", (self.interval,) if self.interval else ()),
             ("transform", self.transforms),
             ("hide", (self.privacy,) if self.privacy else ()),
-            ("encode", (codec,)),
+            ("encode", (codec,) if self.secure is None else ()),
             ("check", self.checks),
             ("quarantine", (self.quarantine,) if self.quarantine else ()),
+            *([] if self.secure is None else [("weigh", self.weighers), ("sum", (self.secure,))]),
             ("screen", self.screens),
-            ("weigh", self.weighers),
+            ("weigh", self.weighers if self.secure is None else ()),
             ("mix", self.mixers),
             ("reduce", (self.reducer,)),
             ("value", (self.contribution,) if self.contribution else ()),

@@ -269,8 +269,12 @@ class Noiser:
         length = math.sqrt(distance.sq_norm(row))
         factor = weight * min(1.0, self.norm * _SHAVED / length) if length else 0.0
         whole = cut(row.to(torch.float64) * factor, unit_of(self.norm))
-        self._sum = whole if self._sum is None else self._sum.add_(whole)
-        self._within += 1 if claims.metrics.get(WITHIN, 0.0) > 0.5 else -1
+        self.add_sum(whole, [claims])
+
+    def add_sum(self, whole: Tensor, claims: Sequence[Claims]) -> None:
+        """Add a sum (P,), int64, of rows that their clients have weighed, scaled down and cut to the grid."""
+        self._sum = whole.clone() if self._sum is None else self._sum.add_(whole)
+        self._within += sum(1 if claim.metrics.get(WITHIN, 0.0) > 0.5 else -1 for claim in claims)
 
     def clear(self) -> None:
         """Let go of what was added: no sum of it is released."""

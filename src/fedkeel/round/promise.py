@@ -38,6 +38,11 @@ def promised(
         _check_sum(plan)
     if mechanism.place == "client":
         _check_told(plan)
+        if plan.secure is not None:
+            raise InputError(
+                f"secagg.size = {plan.secure.size} hides updates that carry noise of their own already, which is far "
+                "more than a sum needs: leave out one of the two, or write privacy.mechanism = 'central'"
+            )
     sampling = _sampling(plan, mechanism)
     if uses is not None and sampling in ("poisson", "fixed"):
         raise InputError(
@@ -167,7 +172,7 @@ def _check_sum(plan: Plan) -> None:
         refuse(f"selector '{plan.select!r}'", why, "use poisson")
     if plan.schedule.parameters.get("quorum", 1) > 1:
         refuse("a quorum", "whether a round counts would tell how many took part", "leave out quorum")
-    if "finite" not in {rule.name for rule in plan.checks}:
+    if plan.secure is None and "finite" not in {rule.name for rule in plan.checks}:
         refuse("aggregate.checks without 'finite'", "a NaN has no bound", "put it back")
 
 

@@ -43,7 +43,7 @@ def protect(
     if privacy is None:
         return rows, list(claims)
     mechanism = privacy.mechanism
-    norm = float(control[NORM]) if NORM in control else mechanism.norm
+    norm = norm_of(plan, control)
     told = [_told(claim, privacy, plan) for claim in claims]
     if mechanism.place != "server":
         for claim in claims:
@@ -64,6 +64,15 @@ def protect(
             secret = None if privacy.secret is None else key.fold("privacy")
             row.copy_(_noised(row, norm, privacy.noise, Noise(secret)))
     return out, told
+
+
+def norm_of(plan: Plan, control: Mapping[str, Tensor]) -> float:
+    """What updates are scaled down to, by what a client is sent; infinity where nothing says."""
+    if NORM in control:
+        return float(control[NORM])
+    if plan.privacy is not None and (plan.secure is None or plan.secure.noised):
+        return plan.privacy.mechanism.norm
+    return math.inf if plan.secure is None else plan.secure.norm
 
 
 def _noised(row: Tensor, norm: float, multiplier: float, noise: Noise) -> Tensor:

@@ -32,15 +32,18 @@ from fedkeel.core.types import (
 )
 from fedkeel.core.work import LocalWork
 from fedkeel.kernels import distance
-from fedkeel.round import wire
+from fedkeel.round import secure, wire
 from fedkeel.round.aggregate import Outcome, Used, aggregate, cosines, per_step_, reduced, scale_of, sum_of
 from fedkeel.round.controls import first_control, next_control
 from fedkeel.round.downlink import Downlink
+from fedkeel.round.groups import Groups
 from fedkeel.round.minutes import Minutes, described
 from fedkeel.round.plan import Plan
 from fedkeel.round.privacy import KEPT, NORM, Account, Noiser
 from fedkeel.round.quarantine import Book
 from fedkeel.round.rows import RowStore, RowSum
+from fedkeel.secagg.groups import GroupSum
+from fedkeel.secagg.terms import Terms
 
 _log = logging.getLogger("fedkeel")
 
@@ -77,13 +80,14 @@ class Server:
         self.state = state.replace(opt=opt, control=state.control or first_control(plan, layout))
         self.account = Account(plan.privacy, state.privacy) if plan.privacy else None
         """What is spent of privacy, where the plan promises any."""
+        self._groups = Groups(plan, plan.secure, layout.columns, key, self._described) if plan.secure else None
         self._noiser = Noiser(plan.privacy, state.kept.get(KEPT, {})) if plan.privacy and plan.noised else None
         self._codec_name, self._codec = wire.built(plan.codec, layout)
         self._header_checks = [c for c in plan.checks if "header" in c.definition.traits]
         self._body_checks = [c for c in plan.checks if "header" not in c.definition.traits]
         columns = layout.columns
         self._streams = plan.streams(columns)
-        self._store = RowStore(columns, 0 if self._streams else plan.rows, state.next_task)
+        self._store = RowStore(columns, 0 if self._streams or plan.secure is not None else plan.rows, state.next_task)
         self._told = [rule for rule in plan.corrections if rule.hook("control")]
         self._by_steps = any("control" in rule.definition.traits for rule in self._told)
         self._sum = RowSum(columns if self._streams else 0, scaled=self._by_steps)
@@ -210,7 +214,10 @@ class Server:
             update = Update(sealed.claims, sealed.digest, len(data))
             refusal = self._check_header(client, update)
             if refusal is None:
-                update = self._measure(update, self._decode(sealed, intact))
+                if self._groups is None:
+                    update = self._measure(update, self._decode(sealed, intact))
+                elif sealed.codec != secure.MASKED or len(sealed.payload):
+                    raise DecodeError("it has a row, and rows are added up under masks")
                 refusal = _first_refusal(self._body_checks, update, self.door)
                 if refusal is None:
                     self._admit(client, update, now)
@@ -260,6 +267,10 @@ class Server:
         self._answered.add(task)
         admitted = _Admitted(task, update, self.state.version - update.claims.base_version)
         admitted.seconds, admitted.bytes_down = now - order.since, order.bytes_down
+        if self._groups is not None:
+            admitted.weight = secure.weight_of(self.plan.weighers, update.claims)
+            self._admitted.append(admitted)
+            return
         if self._streams or self._noiser:
             assert update.delta is not None
             alone = self._cohort(update.delta[None], [admitted])
@@ -284,8 +295,15 @@ class Server:
 
     # -- the close
 
-    def close(self, now: float, skip: str | None = None) -> RoundReport:
+    def groups(self) -> tuple[Terms, ...]:
+        """Who of those admitted add up with whom, at a close under masks; empty where they are too few."""
+        claims = [a.update.claims for a in self._admitted]
+        return () if self._groups is None else self._groups.deal(claims, self.state.round)
+
+    def close(self, now: float, skip: str | None = None, sums: Sequence[GroupSum] = ()) -> RoundReport:
         """Reduce what was admitted, step the model, and report. `skip` keeps the model, and says why.
+
+        Under masks what was admitted has no rows, and `sums` are those of `groups`.
 
         Tasks still outstanding stay so (asynchronous work); the coordinator gives up those that it abandons.
         """
@@ -294,7 +312,7 @@ class Server:
         outcome, worth, before = Outcome(), {}, self.state
         if skip is None:
             try:
-                outcome = self._reduce(refused)
+                outcome = self._add_up(self._groups, sums, refused) if self._groups else self._reduce(refused)
                 self._step(outcome)
                 worth = self._contributions(outcome, before)
                 self._tell(outcome)
@@ -335,6 +353,8 @@ class Server:
                 admitted.append(_Admitted(claim.task, update, self.state.version - claim.base_version))
                 rows.append(row)
         try:
+            if self._groups is not None:
+                return self._groups.preview(rows, [a.update.claims for a in admitted], self.state)
             return aggregate(self.plan, self._cohort(torch.stack(rows), admitted), self.state, {}).direction
         except Exception:  # whatever costs the round at the close: no row at all, too few, a rule that raises
             return torch.zeros_like(self.state.theta)
@@ -354,13 +374,36 @@ class Server:
         shares = dict(enumerate((weights / total).tolist()))
         return Outcome(direction, math.sqrt(distance.sq_norm(direction)), shares, scale=scale)
 
+    def _add_up(self, groups: Groups, sums: Sequence[GroupSum], refused: dict[int, Refusal]) -> Outcome:
+        """The aggregate of the groups' sums."""
+        places = {a.update.claims.client: i for i, a in enumerate(self._admitted)}
+        for client, (down, up) in ((c, size) for found in sums for c, size in found.traffic.items()):
+            admitted = self._admitted[places[client]]
+            admitted.update = replace(admitted.update, bytes_up=admitted.update.bytes_up + up)
+            admitted.bytes_down += down
+        claims = [a.update.claims for a in self._admitted]
+        if self._noiser is None:
+            added = groups.add_up(sums, claims, self.state)
+            refused.update({places[client]: why for client, why in added.refused.items()})
+            return replace(added.outcome, weights={places[client]: w for client, w in added.weights.items()})
+        whole, out = groups.total(sums, list(places))
+        refused.update({places[client]: why for client, why in out.items()})
+        for client in out:
+            self._admitted[places[client]].weight = 0.0
+        self._noiser.add_sum(whole, [claim for claim in claims if claim.client not in out])
+        return self._release(self._noiser)
+
+    def _described(self, rows: Tensor, claims: Sequence[Claims]) -> Cohort:
+        updates = [self._measure(Update(claim, b"", 0), row) for row, claim in zip(rows, claims, strict=True)]
+        return self._cohort(rows, [_Admitted(place, update, 0) for place, update in enumerate(updates)])
+
     def _release(self, noiser: Noiser) -> Outcome:
         """The noised sum, also of no updates at all; what the ledger says of each row is not released."""
         direction, kept = noiser.release(self.layout.columns, self.plan.rows, self.state.round)
         norm, weights = math.sqrt(distance.sq_norm(direction)), _float64(a.weight for a in self._admitted)
         shares = (weights / weights.sum()).nan_to_num().tolist()
         found, used = {}, None
-        if self._admitted and not self._streams:
+        if self._admitted and not self._streams and self._groups is None:
             cohort = self._cohort(self._store.in_order(), self._admitted)
             used = Used(cohort, weights, list(range(len(cohort))))
             found = dict(enumerate(cosines(cohort, direction, norm)))
@@ -385,7 +428,7 @@ class Server:
             partial(reduced, self.plan),
             self._work.worth if self._work else None,
             self._gaps(claims) if self.plan.looks_back else None,
-            *(self.roster.devices([c.client for c in claims]) if self.roster else ()),
+            *(self.roster.devices([c.client for c in claims]) if self.roster and self._groups is None else ()),
         )
 
     def _gaps(self, claims: Sequence[Claims]) -> tuple[Tensor, ...]:
@@ -487,6 +530,8 @@ class Server:
         self.state = self.state.replace(round=self.state.round + 1)
         self._admitted.clear()
         self._left_out = {}
+        if self._groups is not None:
+            self._groups.clear()
         self._ended.clear()
         self._sent = 0
         if self._noiser:

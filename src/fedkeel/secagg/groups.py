@@ -1,11 +1,25 @@
-"""Who sums with whom."""
+"""Who sums with whom, and what comes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from fedkeel.core.errors import CohortError, InputError
 from fedkeel.core.keys import Key
+from fedkeel.secagg.terms import Words
+
+
+class GroupSum(NamedTuple):
+    """The sum of the survivors' rows (P,), mod 2^bits; or None, and why there is none.
+
+    `traffic`: bytes to and from each member, where somebody has counted them.
+    """
+
+    survivors: tuple[str, ...]
+    total: Words | None
+    reason: str | None = None
+    traffic: Mapping[str, tuple[int, int]] = {}
 
 
 def deal(clients: Sequence[str], size: int, key: Key, threshold: int = 2) -> tuple[tuple[str, ...], ...]:

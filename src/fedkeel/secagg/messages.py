@@ -226,6 +226,25 @@ def write_terms(terms: Terms) -> bytes:
     return _framed(fields, b"")
 
 
+def traffic(terms: Terms) -> dict[str, tuple[int, int]]:
+    """Bytes to and from each member of an unsigned session in which nobody drops out: as many as the messages have."""
+    found = {}
+    everybody = len(write(Survivors(frozenset(terms.places.values())), terms)) + len(write_terms(terms))
+    for name, place in terms.places.items():
+        near = terms.holders(place)
+        keys, sealed = dict.fromkeys(near, bytes(2 * KEY)), dict.fromkeys(near - {place}, bytes(SEALED))
+        down = (Keys(keys), Delivery(sealed))
+        up = (
+            Advertise(name, bytes(2 * KEY), b""),
+            Shares(name, bytes(32), sealed),
+            Masked(name, memoryview(b"")),
+            Unmask(name, dict.fromkeys(near, bytes(shamir.SHARE)), {}),
+        )
+        sizes = [sum(len(write(message, terms)) for message in messages) for messages in (down, up)]
+        found[name] = everybody + sizes[0], terms.row_bytes + sizes[1]
+    return found
+
+
 def read_terms(data: bytes | memoryview) -> Terms:
     """The terms of a session; a client looks at them before it takes part. Raises `DecodeError`."""
     fields, _ = _opened(data, MAX_TERMS, 0, MAX_MEMBERS)

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from fedkeel.core.errors import CohortError, RunError
 from fedkeel.secagg import crypto
 from fedkeel.secagg.client import Client, Signer
+from fedkeel.secagg.groups import GroupSum
 from fedkeel.secagg.server import Server
 from fedkeel.secagg.terms import Terms, Words
 
 Lost = Literal["keys", "shares", "rows", "consents", "unmask"]
 """The first stage that a client does not answer."""
-
-
-class GroupSum(NamedTuple):
-    """The sum of the survivors' rows (P,), mod 2^bits; or None, and why there is none."""
-
-    survivors: tuple[str, ...]
-    total: Words | None
-    reason: str | None = None
 
 
 def group_sums(

@@ -14,10 +14,14 @@ from torch import Tensor
 from fedkeel.core.errors import RunError
 from fedkeel.core.types import ClientMemory, RoundReport, ServerState
 from fedkeel.round import coordinator as orders
-from fedkeel.round import device
+from fedkeel.round import device, secure
 from fedkeel.round.coordinator import Command, Coordinator
 from fedkeel.round.protect import protect
 from fedkeel.round.server import Server
+from fedkeel.secagg.groups import GroupSum
+from fedkeel.secagg.messages import traffic
+from fedkeel.secagg.simulate import group_sums
+from fedkeel.secagg.terms import Terms
 from fedkeel.sim.clock import Outcome
 from fedkeel.sim.flight import Flight
 from fedkeel.train import Trainer
@@ -108,11 +112,14 @@ class Simulator:
     def _obey(self, commands: Sequence[Command]) -> bool:
         """Carry out commands, in order; True when the federation is over."""
         given: list[orders.Train] = []
+        groups: tuple[Terms, ...] = ()
         for command in commands:
             started = time.perf_counter()
             match command:
                 case orders.Train():
                     given.append(command)
+                case orders.Sum(groups):
+                    pass
                 case orders.Record(report):
                     self.recorder.round(replace(report, seconds=self._seconds))
                     self._seconds = {}
@@ -133,7 +140,13 @@ class Simulator:
                 case orders.Done():
                     return True
         self._begin(given)
-        return False
+        return bool(groups) and self._obey(self._timed(self.coordinator.on_sums, self._summed(groups), self._now))
+
+    def _summed(self, groups: Sequence[Terms]) -> list[GroupSum]:
+        """The groups' sums: the integers of the protocol without its masks, and the bytes that it would send."""
+        rows = {client: secure.take(client, self.memory) for terms in groups for client in terms.members}
+        found = group_sums(groups, rows, masked=False)
+        return [one._replace(traffic=traffic(terms)) for one, terms in zip(found, groups, strict=True)]
 
     def _begin(self, given: Sequence[orders.Train]) -> None:
         """Put work on the clock. Where its time depends on its steps, it is done now to know them."""
@@ -179,6 +192,8 @@ class Simulator:
         if outcome is None:
             return False
         size = 0 if outcome.data is None else len(outcome.data)
+        if size and (plan := self.federation.plan).secure is not None:  # the row itself is sent when all are there
+            size += plan.secure.row_bytes(self.federation.layout.columns)
         self._flight.clock.expect(devices.arrival(order.client, self._now, size), outcome)
         return False
 
@@ -239,7 +254,8 @@ class Simulator:
         rows = federation.adversary.craft_(rows, clients, round, lambda U: self.server.preview(U, claims))
         for i, claim in enumerate(claims):
             row, key = rows[i : i + 1], keys[i]
-            sealed = device.send(row, [key], [claim], self.memory, plan, layout, base.control, round)
+            honest = claim.client not in federation.adversary.clients
+            sealed = device.send(row, [key], [claim], self.memory, plan, layout, base.control, round, honest=honest)
             yield Outcome(claim.client, claim.task, sealed[0]), claim.steps
 
     def _spent(self, part: str, started: float) -> None:

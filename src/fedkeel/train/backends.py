@@ -30,6 +30,7 @@ LANES = {"cpu": 4, "cuda": 16}  # clients side by side in the rows backend
 _RECORDED_EARLY = 64  # batch sizes: so many are recorded once for all workers, the others by each when it meets them
 MOST_WORKERS = 64
 _LARGE_CONVOLUTION, _ENOUGH_EXAMPLES = 1 << 14, 64  # weights; in a batch
+_TRIAL_NORM = 0.1  # so low that gradients are scaled down
 _TOLERANCE = 1e-3  # relative, of three steps' delta: far above rounding, far below what a wrong step differs by
 
 
@@ -128,8 +129,8 @@ def _sample(data: ClientData, work: LocalWork) -> tuple[ClientData, LocalWork, l
     offsets = torch.tensor([0, counts[0], sum(counts)])
     three = build("stopping", "steps", steps=3)
     few = replace(work, stopping=three, private_first=three if work.private_first else None)
-    if work.example_noise is not None:  # the same draws for both, and no noise to hide what differs
-        few = replace(few, example_noise=replace(work.example_noise, noise=0.0, reproducible=True))
+    if work.example_noise is not None:  # the same draws for both, norms that count, no noise to hide what differs
+        few = replace(few, lr=1.0, example_noise=ExampleNoise(_TRIAL_NORM, 0.0, reproducible=True))
     tasks = [Task(client, Key.root(client)) for client in range(2)]
     x, y = (t.nan_to_num() if t.is_floating_point() else t for t in (data.x[rows], data.y[rows]))
     return ClientData(x, y, offsets, data.prepare), few, tasks

@@ -19,7 +19,7 @@ from fedkeel.core.layout import Layout
 from fedkeel.train.client import seeded
 from fedkeel.train.contract import ClientData, LocalWork, Scale
 from fedkeel.train.fuse import drop_dead, simplify
-from fedkeel.train.lower import Lowered
+from fedkeel.train.lower import LANES, Lowered
 from fedkeel.train.lowerings import convolved, lowers
 from fedkeel.train.native import NativeStep
 from fedkeel.train.objective import batch_losses
@@ -31,12 +31,11 @@ aten = torch.ops.aten
 _LOOKS = {aten.t.default, aten.view.default, aten._unsafe_view.default}
 _WITHOUT_WEIGHT, _WITH_WEIGHT = 0, 1  # as in kernels/c/native.c
 _WHOLE = 1 << 40  # a draw is one batch, whatever its size
-_LANES = 16  # as `Lowered` counts them
 _SHARED = ("squares", "norms", "counts", "factors")  # (lanes,) each
 
 
 class _Known(NamedTuple):
-    """A program, and memory that it shares: which examples count (b,), norms (b,)."""
+    """A program, and the memory that it shares with whoever runs it, by name."""
 
     lowered: Lowered
     held: dict[str, Tensor]
@@ -65,7 +64,7 @@ class NativeGradients(NativeStep):
 
     def _lowered(self, size: int) -> Lowered:
         if size not in self._programs:
-            lanes = -(-size // _LANES) * _LANES
+            lanes = -(-size // LANES) * LANES
             held = {name: torch.zeros(lanes) for name in _SHARED}
             held |= {f"sum.{e.name}": self._sum[self._layout.offsets[e.name]].view(e.shape) for e in self._trained}
             with torch.inference_mode(False), torch.enable_grad(), seeded(Key(0), self.vector.device):

@@ -16,7 +16,7 @@ from fedkeel.train.operations import FIXED, LOSSES, NOWHERE, ROWS, ZERO, Operati
 from fedkeel.train.record import Graph, Node, NotTraceableError, Ref
 
 _LINE = 64  # bytes of a cache line
-_LANES = 16  # of a batch-last image: their number is a multiple
+LANES = 16  # of a batch-last image: their number is a multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Lowered:
     @property
     def lanes(self) -> int:
         """Examples of a batch-last image, with those that fill it up."""
-        return -(-self._size // _LANES) * _LANES
+        return -(-self._size // LANES) * LANES
 
     def _features(self, value: int) -> int:
         """The numbers that an example has of this value, which must be all of its memory, example after example."""

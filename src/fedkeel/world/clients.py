@@ -73,6 +73,9 @@ class Clients:
             if done.failure is not None:
                 yield Made(order, key, failure=done.failure)
                 continue
+            if self.federation.plan.secure is not None and not bool(done.delta.isfinite().all()):
+                yield Made(order, key, failure="its update is not finite, which nobody could see in a sum")
+                continue
             if done.private is not None:
                 self.memory.keep(order.client, {"private": done.private})
             yield Made(order, key, self._claims(order, done), done.delta)

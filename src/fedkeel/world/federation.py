@@ -22,6 +22,7 @@ from fedkeel.round import device
 from fedkeel.round.plan import Plan
 from fedkeel.round.promise import check_layout, promised
 from fedkeel.round.quarantine import Quarantine
+from fedkeel.round.secure import Secure
 from fedkeel.round.wire import MAX_NAME, built
 from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
 from fedkeel.train.contract import ClientData, Prepare
@@ -288,17 +289,22 @@ class Federation:
         return {k: v for k, v in found.items() if v is not None}
 
 
+LONGEST = 100.0
+"""The norm of updates under masks where a job names none: grids of 32 bits are fine enough for it."""
+
+
 def _check_alone(job: Job, plan: Plan) -> None:
     """Clients that share nothing: there is nothing to judge, and no reason to name what would."""
     if (
         plan.screens
         or plan.mixers
         or plan.contribution
+        or plan.secure
         or any("per_row" not in w.definition.traits for w in plan.weighers)
     ):
         raise InputError(
             "model.private keeps every layer on the client, so that there is nothing to screen, weigh, mix or value: "
-            "leave out aggregate.screens, aggregate.weigh, aggregate.mix and record.contribution"
+            "leave out aggregate.screens, aggregate.weigh, aggregate.mix, record.contribution and secagg"
         )
 
 
@@ -389,7 +395,7 @@ def build_plan(job: Job) -> Plan:
         optimiser=job.rule("server.optimiser", "server_optimiser"),
         cohort=job.cohort,
         transforms=job.rules("client.transforms", "row_transform"),
-        checks=job.rules("aggregate.checks", "check"),
+        checks=_checks(job),
         screens=job.rules("aggregate.screens", "screen"),
         weighers=job.rules("aggregate.weigh", "weigher"),
         mixers=job.rules("aggregate.mix", "mixer"),
@@ -403,8 +409,27 @@ def build_plan(job: Job) -> Plan:
         error_feedback=job.client.error_feedback,
         down=None if job.server.codec == "float32" else job.rule("server.codec", "codec"),
         down_zstd=job.server.zstd,
+        secure=_secure(job),
     )
     return plan if job.privacy.mechanism is None else _promised(job, plan)
+
+
+def _checks(job: Job) -> tuple[Rule, ...]:
+    """Those that the job names; under masks without two that clients answer for: finite rows, and none of before."""
+    found = job.rules("aggregate.checks", "check")
+    return found if job.secagg.size is None else tuple(r for r in found if r.name not in ("finite", "replayed"))
+
+
+def _secure(job: Job) -> Secure | None:
+    if job.secagg.size is None:
+        return None
+    noised = job.privacy.mechanism is not None and job.rule("privacy.mechanism", "mechanism")().place == "server"
+    if noised and job.secagg.norm is not None:
+        raise InputError(
+            f"secagg.norm = {job.secagg.norm:g} and privacy.mechanism = '{job.privacy.mechanism}' both say how long an "
+            "update may be: leave out secagg.norm"
+        )
+    return Secure(job.secagg.size, job.secagg.norm or LONGEST, noised)
 
 
 def _promised(job: Job, plan: Plan, data: ClientData | None = None) -> Plan:
