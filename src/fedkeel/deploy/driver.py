@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkeel.core.types import ClientMemory, ServerState, Stage
+from fedkeel.deploy.summing import Asked, Seat, Summing
 from fedkeel.round import coordinator as orders
 from fedkeel.round.coordinator import Command, Coordinator
 from fedkeel.round.server import Server
@@ -31,13 +32,6 @@ MOST_OWED, MOST_SURVEYS = 2, 4
 """Rounds of which a client may owe its figures before it is asked for no more; rounds whose figures are waited for."""
 _DOUBLINGS = 8
 """Of the time between two probes that have no answer."""
-
-
-class Seat(NamedTuple):
-    """A node that is connected, since when."""
-
-    node: int
-    since: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +54,15 @@ class Told(NamedTuple):
     why: str = ""
 
 
+class Said(NamedTuple):
+    """A client's message of secure aggregation, in answer to what it was asked under a number; or why there is none."""
+
+    client: str
+    number: int
+    data: memoryview | None
+    why: str = ""
+
+
 class Echo(NamedTuple):
     """A client's node has answered a probe: it is done with all that it was asked before that."""
 
@@ -77,13 +80,6 @@ class _Work:
     closed: bool = False
 
 
-class _Asked(NamedTuple):
-    """What a client was asked, at which node; the driver counts what it asks."""
-
-    seat: Seat
-    number: int
-
-
 @dataclass(slots=True)
 class _Survey:
     """Figures of a model version that are being gathered from clients."""
@@ -92,7 +88,7 @@ class _Survey:
     version: int
     base: Base
     until: float
-    waiting: dict[str, _Asked] = field(default_factory=dict)
+    waiting: dict[str, Asked] = field(default_factory=dict)
     measured: Measured = field(default_factory=dict)
 
 
@@ -115,10 +111,16 @@ class Nodes(Protocol):
     def probe(self, client: str, number: int, seat: Seat) -> None:
         """Ask a node for a sign of life, after all that it was asked before."""
 
+    def say(self, told: Mapping[str, bytes], asked: Mapping[str, Asked]) -> None:
+        """Send clients messages of secure aggregation."""
+
+    def silence(self) -> None:
+        """No message of secure aggregation is waited for any more."""
+
     def forget(self, client: str, task: int) -> None:
         """No reply to this task is waited for any more."""
 
-    def replies(self) -> Iterator[Arrived | Told | Echo]:
+    def replies(self) -> Iterator[Arrived | Told | Said | Echo]:
         """What has come since the last time."""
 
 
@@ -194,6 +196,7 @@ class Driver:
         self._gather, self._probe = gather, probe
         self._asks = asked_of_clients(federation)
         self._surveys: dict[int, _Survey] = {}
+        self._summing: Summing | None = None
         self._clock, self._sleep = clock, sleep
         self._began = clock() - now
         self._seats: Mapping[str, Seat] = {}
@@ -246,6 +249,8 @@ class Driver:
             del arrived  # the next one is fetched now, and each may be large
             if over:
                 return True
+        if self._summing is not None and self._add_up(self._summing):
+            return True
         if self.now - self._looked >= LOOK and self._look():
             return True
         if self.now >= self._wake:
@@ -255,11 +260,15 @@ class Driver:
         self._sleep(min(POLL, max(self._wake - self.now, 0.0)))
         return False
 
-    def _hear(self, arrived: Arrived | Told | Echo) -> bool:
+    def _hear(self, arrived: Arrived | Told | Said | Echo) -> bool:
         """Something has come from a node; True when the federation is over."""
         self._tries.pop(arrived.client, None)
         if isinstance(arrived, Told):
             self._told(arrived)
+            return False
+        if isinstance(arrived, Said):
+            if self._summing is not None:
+                self._summing.heard(*arrived)
             return False
         if isinstance(arrived, Echo):
             return self._lost(arrived.client, arrived.number)
@@ -283,6 +292,8 @@ class Driver:
             survey.waiting = {client: asked for client, asked in survey.waiting.items() if client in here}
             self._ask(survey, [client for client, asked in survey.waiting.items() if asked.seat != here[client]])
             self._settle(survey)
+        if self._summing is not None:
+            self._summing.look(self._seats)
         for client, work in list(self._at.items()):
             if (found := self._seats.get(client)) == work.seat:
                 continue
@@ -290,7 +301,8 @@ class Driver:
             why = "its node is gone" if found is None else "its node was started anew while it was at work"
             if not work.closed and self._fail(client, work.task, why):
                 return True
-        for client in {*self._at, *(client for survey in self._surveys.values() for client in survey.waiting)}:
+        waiting = {client for survey in self._surveys.values() for client in survey.waiting}
+        for client in {*self._at, *waiting, *(self._summing.waiting if self._summing else ())}:
             tries = self._tries.get(client, 0)
             if self.now - self._quiet[client] >= self._probe * 2 ** min(tries, _DOUBLINGS):
                 self._nodes.probe(client, self._next(client), self._seats[client])
@@ -315,6 +327,8 @@ class Driver:
         for survey in self._surveys.values():
             if client in survey.waiting and survey.waiting[client].number < number and client in self._seats:
                 self._ask(survey, [client])
+        if self._summing is not None:
+            self._summing.echo(client, number)
         work = self._at.get(client)
         if work is None or work.number > number:
             return False
@@ -353,11 +367,30 @@ class Driver:
                 case orders.Cancel(client, task):
                     if (work := self._at.get(client)) is not None and work.task == task:
                         work.closed = True
+                case orders.Sum(groups):
+                    self._summing = Summing(groups, self.federation.job.secagg.seconds, self.now, self._say)
                 case orders.Wait(until):
                     self._wake = until
                 case orders.Done():
                     return True
         return False
+
+    def _add_up(self, summing: Summing) -> bool:
+        """What the open sums need now; True when the federation is over."""
+        started = time.perf_counter()
+        summing.step(self.now)
+        self._spent("sum", started)
+        if not summing.over:
+            return False
+        self._summing = None
+        self._nodes.silence()
+        return self._obey(self._timed(self.coordinator.on_sums, summing.sums(), self.now))
+
+    def _say(self, told: Mapping[str, bytes]) -> Mapping[str, Asked]:
+        """Send clients messages of secure aggregation; what was asked of those who are there."""
+        asked = {client: Asked(self._seats[client], self._next(client)) for client in told if client in self._seats}
+        self._nodes.say({client: told[client] for client in asked}, asked)
+        return asked
 
     def _evaluate(self, round: int, version: int) -> None:
         """Measure the model, on the server's test examples and, where clients hold some back, at all who are there."""
@@ -377,7 +410,7 @@ class Driver:
     def _ask(self, survey: _Survey, clients: Sequence[str]) -> None:
         """Ask clients who are there for their figures."""
         if clients:
-            survey.waiting |= {client: _Asked(self._seats[client], self._next(client)) for client in clients}
+            survey.waiting |= {client: Asked(self._seats[client], self._next(client)) for client in clients}
             self._nodes.ask(clients, survey.round, survey.version, survey.base, self._seats)
 
     def _told(self, told: Told) -> None:

@@ -64,6 +64,8 @@ def _standing(federation: Federation, newest: Path | None) -> tuple[ServerState,
 
 
 def _most(federation: Federation) -> int:
+    if federation.plan.secure is not None:
+        return federation.plan.secure.row_bytes(federation.layout.columns)
     return wire.built(federation.plan.codec, federation.layout)[1].max_bytes(federation.layout.columns)
 
 

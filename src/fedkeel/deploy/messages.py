@@ -26,7 +26,7 @@ from fedkeel.world.federation import Federation
 _OF_THE_HOST = ("train.device", "train.workers", "train.backend")
 """What a host chooses for itself."""
 ORDER, MODEL, UPDATE, FAILURE = "fedkeel.order", "fedkeel.model", "fedkeel.update", "fedkeel.failure"
-FIGURES = "fedkeel.figures"
+FIGURES, SUM = "fedkeel.figures", "fedkeel.sum"
 _VECTOR, _ENVELOPE = "fedkeel.float32", "fedkeel.envelope"
 _CONTROL, _WAY, _STEP = "control/", "step/", "fedkeel.step"
 MOST_FIGURE = 1e30
@@ -51,6 +51,7 @@ def agreement(federation: Federation) -> dict[str, str]:
     found = {"fedkeel": fedkeel.__version__, "layout": federation.layout.digest, "seed": str(job["seed"])}
     for section in ("train", "model", "client"):
         found |= {f"{section}.{key}": str(value)[:80] for key, value in job[section].items()}
+    found |= {f"secagg.{key}": str(job["secagg"][key]) for key in ("size", "norm")}
     found |= {f"server.{key}": str(job["server"][key]) for key in ("codec", "zstd")}
     for key in _OF_THE_HOST:
         del found[key]
@@ -142,6 +143,21 @@ def _vector(array: Array, columns: int) -> Tensor:
 def update_content(envelope: bytes) -> RecordDict:
     array = Array("uint8", (len(envelope),), _ENVELOPE, envelope)
     return RecordDict({UPDATE: ArrayRecord({"envelope": array})})
+
+
+def sum_content(data: bytes) -> RecordDict:
+    """A message of secure aggregation, down or up."""
+    return RecordDict({SUM: ArrayRecord({"message": Array("uint8", (len(data),), _ENVELOPE, data)})})
+
+
+def read_sum(content: RecordDict) -> memoryview | str:
+    """A message of secure aggregation, or the node's reason why there is none. Raises `DecodeError`."""
+    failure, found = content.get(FAILURE), content.get(SUM)
+    if isinstance(failure, ConfigRecord):
+        return in_words(failure.get("why"))
+    if not isinstance(found, ArrayRecord) or set(found) != {"message"}:
+        raise DecodeError("it holds no message of secure aggregation")
+    return memoryview(found["message"].data)
 
 
 def failure_content(why: str) -> RecordDict:

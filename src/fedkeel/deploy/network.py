@@ -20,8 +20,9 @@ from flwr.superlink.grid import HttpGrid
 from fedkeel.core.errors import DecodeError
 from fedkeel.core.types import Stage
 from fedkeel.deploy import keys, messages
-from fedkeel.deploy.driver import Arrived, Echo, Seat, Told, Way
+from fedkeel.deploy.driver import Arrived, Echo, Said, Told, Way
 from fedkeel.deploy.parts import Parts
+from fedkeel.deploy.summing import Asked, Seat
 from fedkeel.round.coordinator import Train
 from fedkeel.world.clients import Base
 
@@ -31,11 +32,12 @@ _AROUND = 64 * 1024
 """Bytes that Flower's records add to an envelope, at most."""
 _FEW = 50
 """Parts that a reply may have beside the chunks that Flower cuts its array into."""
+_SUM = "sum"
 _SERVER = Node(node_id=SUPERLINK_NODE_ID)
 
 
 class _To(NamedTuple):
-    """Whose task a message was sent for, and to which node."""
+    """Whose task a message was sent for, and to which node. `kind` is the message's, or that it is part of a sum."""
 
     client: str
     task: int
@@ -100,6 +102,20 @@ class Network:
             if given is not None:
                 self._waiting[given] = _To(client, number, seat.node, MessageType.QUERY)
 
+    def say(self, told: Mapping[str, bytes], asked: Mapping[str, Asked]) -> None:
+        """Send clients messages of secure aggregation."""
+        made = [
+            Message(messages.sum_content(data), asked[client].seat.node, MessageType.QUERY, ttl=TTL)
+            for client, data in told.items()
+        ]
+        for client, given in zip(told, self._grid.push_messages(made), strict=True):
+            if given is not None:
+                self._waiting[given] = _To(client, asked[client].number, asked[client].seat.node, _SUM)
+
+    def silence(self) -> None:
+        """No message of secure aggregation is waited for any more."""
+        self._forget({(to.client, to.task) for to in self._waiting.values() if to.kind == _SUM}, _SUM)
+
     def forget(self, client: str, task: int) -> None:
         """No reply to this task is waited for any more."""
         self._forget({(client, task)}, MessageType.TRAIN)
@@ -135,7 +151,7 @@ class Network:
             self._records[key] = messages.model_record(base, steps)
         return self._records[key]
 
-    def replies(self) -> Iterator[Arrived | Told | Echo]:
+    def replies(self) -> Iterator[Arrived | Told | Said | Echo]:
         """What has come, one reply at a time in memory. One that is still being uploaded is waited for by nobody."""
         if self._waiting:
             found = self._runtime.PullMessages(PullAppMessagesRequest(message_ids=list(self._waiting)))
@@ -194,7 +210,7 @@ class Network:
                 raise DecodeError(f"it has {coming.held.size} bytes and more, the limit is {self._limit}")
         return True
 
-    def _read(self, coming: _Coming) -> Arrived | Told | Echo:
+    def _read(self, coming: _Coming) -> Arrived | Told | Said | Echo:
         to = coming.to
         try:
             reply = coming.held.joined(coming.metadata.message_id, self._limit)
@@ -211,6 +227,9 @@ class Network:
         if to.kind == MessageType.QUERY:
             return _nothing(to, "")
         try:
+            if to.kind == _SUM:
+                said = messages.read_sum(reply.content)
+                return _nothing(to, said) if isinstance(said, str) else Said(to.client, to.task, said)
             if to.kind == MessageType.EVALUATE:
                 return Told(to.client, to.task, messages.read_figures(reply.content, self._figures))
             said = messages.read_reply(reply.content)
@@ -225,9 +244,11 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _nothing(to: _To, why: str, stage: Stage = "transport") -> Arrived | Told | Echo:
+def _nothing(to: _To, why: str, stage: Stage = "transport") -> Arrived | Told | Said | Echo:
     if to.kind == MessageType.QUERY:
         return Echo(to.client, to.task)  # it is done with what it was sent before, whatever it says
+    if to.kind == _SUM:
+        return Said(to.client, to.task, None, why)
     if to.kind == MessageType.EVALUATE:
         return Told(to.client, to.task, None, why)
     return Arrived(to.client, to.task, None, why, stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from contextlib import suppress
 
@@ -13,9 +14,11 @@ from fedkeel.core.errors import DecodeError, FedkeelError
 from fedkeel.core.types import ClientMemory
 from fedkeel.deploy import loaders, messages
 from fedkeel.deploy.folder import NodeFolder
-from fedkeel.round import wire
+from fedkeel.round import secure, wire
 from fedkeel.round.controls import first_control
 from fedkeel.round.protect import USES
+from fedkeel.secagg.client import Client as Session
+from fedkeel.secagg.messages import is_terms, read_terms
 from fedkeel.ship import tensors
 from fedkeel.world.clients import Base, Clients
 from fedkeel.world.evaluation import asked_of_clients, own
@@ -35,6 +38,8 @@ class Node:
         self._agreed = messages.agreement(self.federation)
         self._expected = first_control(self.federation.plan, self.federation.layout).keys()
         self._task, self._before = -1, dict[str, Tensor]()
+        self._session: Session | None = None
+        self._heard, self._said = b"", b""
         self._memory = self._recalled()
         self._tuner = self.federation.tuner()
         self._clients = Clients(self.federation, self.federation.trainer(), self._memory)
@@ -48,9 +53,11 @@ class Node:
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Carry out the order in a message; the reply holds an envelope, or says why not."""
-        if message.metadata.message_type == MessageType.QUERY:
+        if message.metadata.message_type == MessageType.QUERY and messages.SUM not in message.content:
             return Message(RecordDict(), reply_to=message)  # a sign of life
         try:
+            if message.metadata.message_type == MessageType.QUERY:
+                return Message(messages.sum_content(self._sum(message.content)), reply_to=message)
             order = messages.read_order(message.content, self.federation.layout.columns)
             if reason := self._reason(order):
                 reply = messages.failure_content(reason)
@@ -102,6 +109,31 @@ class Node:
         envelope = self._clients.seal(made, made.claims, base)
         self._keep()
         return envelope
+
+    def _sum(self, content: RecordDict) -> bytes:
+        """What goes back for a message of secure aggregation; the same once more, where that was lost on the way."""
+        data = messages.read_sum(content)
+        if isinstance(data, str):
+            raise DecodeError("it holds no message of secure aggregation")
+        digest = hashlib.sha256(data).digest()
+        if self._heard != digest:
+            self._said = self._answered(data)
+            self._heard = digest
+        return self._said
+
+    def _answered(self, data: memoryview) -> bytes:
+        plan, columns = self.federation.plan, self.federation.layout.columns
+        if plan.secure is None:
+            raise ValueError("its job adds nothing up under masks: bring both to the same job")
+        if self._session is not None and not is_terms(data):
+            return self._session.answer(data)
+        terms = read_terms(data)
+        plan.secure.check(terms, columns)
+        session = Session(self._client, terms)
+        session.hold(secure.take(self._client, self._memory))
+        self._keep()  # a row is added up once, whatever a server asks
+        self._session = session
+        return session.advertise()
 
     def _begin(self, task: int) -> None:
         """Remember what there was before the task; before it once more, where a server went back to its checkpoint."""

@@ -19,7 +19,7 @@ from fedkeel.core.registry import Rule
 from fedkeel.core.types import Claims, ClientMemory, Cohort, ServerState
 from fedkeel.secagg.groups import GroupSum, deal
 from fedkeel.secagg.quantise import Grid
-from fedkeel.secagg.terms import Terms, Words, threshold_of
+from fedkeel.secagg.terms import ProtocolError, Terms, Words, threshold_of
 
 MASKED = "masked"
 """What an envelope says in the place of a codec: its row is not in it."""
@@ -66,10 +66,17 @@ class Secure:
         """A session for each group of those clients. Raises `CohortError` where they are too few for one."""
         bits = 64 if self.noised else 32
         dealt = deal(clients, self.size, key, self.least)
-        return tuple(
-            Terms.drawn(group, columns, threshold=max(self.least, threshold_of(len(group))), bits=bits)
-            for group in dealt
-        )
+        return tuple(Terms.drawn(group, columns, threshold=self._threshold(len(group)), bits=bits) for group in dealt)
+
+    def check(self, terms: Terms, columns: int) -> None:
+        """Raise `ProtocolError` for a session that a client of this job takes no part in."""
+        size = len(terms.members)
+        right = Terms(terms.session, terms.members, self._threshold(size), columns, 64 if self.noised else 32)
+        if size < self.least or terms != right:
+            raise ProtocolError(f"its group of {size} is not one of secagg.size = {self.size} in this job")
+
+    def _threshold(self, size: int) -> int:
+        return min(max(self.least, threshold_of(size)), size)
 
     def __repr__(self) -> str:
         norm = "" if self.noised else f", norm={self.norm:g}"

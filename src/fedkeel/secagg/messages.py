@@ -262,6 +262,15 @@ def read_terms(data: bytes | memoryview) -> Terms:
         raise DecodeError(str(error)) from None
 
 
+def is_terms(data: bytes | memoryview) -> bool:
+    """Whether these are the terms of a session, and no message of one."""
+    try:
+        read_terms(data)
+    except DecodeError:
+        return False
+    return True
+
+
 def _framed(fields: Mapping[str, Any], row: bytes | memoryview) -> bytes:
     header: bytes = msgpack.packb(fields)
     digest = hashlib.sha256(header)
