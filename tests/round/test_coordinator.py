@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import answer, make_coordinator, make_layout, make_plan
+from helpers import CHECKS, answer, make_coordinator, make_layout, make_plan
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -16,8 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedkeel.core.errors import InputError
 from fedkeel.core.registry import build
 from fedkeel.core.types import Refusal, RoundReport
-from fedkeel.round.coordinator import Checkpoint, Command, Done, Evaluate, Record, Train, Wait
+from fedkeel.round.coordinator import Checkpoint, Command, Done, Evaluate, Record, Sum, Train, Wait
 from fedkeel.round.quarantine import Quarantine
+from fedkeel.round.secure import Secure
+from fedkeel.secagg.simulate import group_sums
 
 LAYOUT = make_layout()
 CLIENTS = tuple("abcde")
@@ -45,12 +47,21 @@ class Federation(RuleBasedStateMachine):
         reduce=st.sampled_from(["mean", "median"]),
         until=st.sampled_from([None, None, 12.0]),
         quarantine=st.sampled_from([None, Quarantine(1.0, 0.4)]),
+        secure=st.sampled_from([None, Secure(3, 1e3)]),
         seed=st.integers(0, 99),
     )
-    def begin(self, cohort, schedule, quorum, until, reduce, quarantine, seed):
+    def begin(self, cohort, schedule, quorum, until, reduce, quarantine, secure, seed):
         schedule = schedule.format(quorum=min(quorum, cohort))
-        weigh = ("examples", "staleness")
-        self.plan = make_plan(cohort, schedule=schedule, reduce=reduce, quarantine=quarantine, weigh=weigh)
+        rules: dict[str, object] = {"weigh": ("examples", "staleness"), "quarantine": quarantine}
+        if (
+            secure is not None
+            and cohort >= secure.least
+            and schedule.startswith(("sync", "semi"))
+            and "use" not in schedule
+        ):
+            rules |= {"secure": secure, "weigh": ("examples(cap=10)",), "checks": CHECKS[:4]}
+        self.plan = make_plan(cohort, schedule=schedule, reduce=reduce, **rules)
+        self.summing: Sum | None = None
         self.deadline = 5.0 if "deadline" in schedule or until else None
         self.rounds, self.until = 3, until
         self.coordinator = make_coordinator(self.plan, CLIENTS, self.rounds, until=until or math.inf)
@@ -80,6 +91,9 @@ class Federation(RuleBasedStateMachine):
                 case Train():
                     self.given.append(command)
                     self.unanswered[command.task] = command
+                case Sum():
+                    assert self.summing is None
+                    self.summing = command
                 case Record(report):
                     self.reports.append(report)
                 case Wait(until):
@@ -161,6 +175,17 @@ class Federation(RuleBasedStateMachine):
         order = self.unanswered.pop(task)  # reported again, or for a task that a refused answer ended: no effect
         self.carry_out(self.coordinator.on_failure(order.client, order.task, "it broke", self.now))
 
+    @precondition(lambda self: self.summing is not None)
+    @rule(lost=st.dictionaries(st.sampled_from(CLIENTS), st.sampled_from(["keys", "shares", "rows", "unmask"])))
+    def sums_come(self, lost):
+        summing, self.summing = self.summing, None
+        members = {client for terms in summing.groups for client in terms.members}
+        grid = self.plan.secure.grid(self.plan.secure.norm)
+        rows = {client: grid.encode(torch.rand(3)) for client in members}
+        sums = group_sums(summing.groups, rows, lost, masked=False)
+        self.carry_out(self.coordinator.on_sums(sums, self.now))
+        assert self.coordinator.on_sums(sums, self.now) == []
+
     @rule(seconds=st.floats(0.1, 4.0))
     def time_passes(self, seconds):
         self.now += seconds
@@ -194,6 +219,8 @@ class Federation(RuleBasedStateMachine):
         for _ in range(100):
             if self.over:
                 break
+            if self.summing is not None:
+                self.sums_come({})
             for order in list(self.unanswered.values()):
                 del self.unanswered[order.task]
                 self.carry_out(self.coordinator.on_failure(order.client, order.task, "lost", self.now))

@@ -165,3 +165,19 @@ def test_the_clients_row_is_not_changed():
 def test_threshold_of_default_terms():
     assert [Terms.drawn([str(i) for i in range(n)], 1).threshold for n in (2, 3, 5, 10, 20)] == [2, 3, 4, 7, 14]
     assert Terms.drawn([str(i) for i in range(50)], 1, degree=10).threshold == threshold_of(11) == 8
+
+
+@pytest.mark.parametrize("size", [3, 5, 130])  # places above 127 take more bytes
+def test_traffic_is_what_a_session_sends(size):
+    session = Session(size, columns=7)
+    up = {name: len(data) for name, data in session.answers.items()}
+    down = dict.fromkeys(up, len(messages.write_terms(session.terms)))
+    while session.server.stage != "done":
+        for name, data in session.answers.items():
+            assert session.server.offer(name, data) is None
+        orders = session.server.advance()
+        session.answers = {name: session.clients[name].answer(data) for name, data in orders.items()}
+        for name, data in orders.items():
+            down[name] += len(data)
+            up[name] += len(session.answers[name])
+    assert messages.traffic(session.terms) == {name: (down[name], up[name]) for name in up}

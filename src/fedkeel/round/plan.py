@@ -136,13 +136,13 @@ class Plan:
         def refuse(what: str, why: str, remedy: str) -> None:
             raise InputError(f"{what} and sums under masks (secagg.size): {why}; {remedy}")
 
+        if self.max_staleness:
+            refuse(f"schedule '{self.schedule!r}'", "who is late has nobody to add up with", "write sync or semi_sync")
         if secure.least > self.rows:
             raise InputError(
                 f"secagg.size = {secure.size} needs {secure.least} clients to the end, and {self.rows} take part in a "
                 "round: lower it, or raise select.cohort"
             )
-        if self.max_staleness:
-            refuse(f"schedule '{self.schedule!r}'", "who is late has nobody to add up with", "write sync or semi_sync")
         for rule in self.checks:
             if "header" not in rule.definition.traits:
                 refuse(f"check '{rule!r}'", "it looks at single updates", "leave it out")
