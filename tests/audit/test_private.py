@@ -13,6 +13,7 @@ from fedkeel.audit import canaries, mechanism, study
 from fedkeel.core.keys import Key
 from fedkeel.core.types import ServerState
 from fedkeel.round import privacy
+from fedkeel.ship.audited import statements
 from fedkeel.world.federation import Federation
 
 DELTA = 1e-5
@@ -110,3 +111,22 @@ def test_the_audit_of_a_private_run_says_both(tmp_path: Any) -> None:
     run = fedkeel.run(hidden, tmp_path / "hidden", with_report=False)
     audited = study.audit(run.path, parts=["canaries"], settings=study.Settings(trials=20, canaries=20))
     assert audited.found["canaries"] == {"left_out": "the run hides examples, and canaries are clients"}
+
+
+def test_an_audit_of_sums_under_masks_says_what_masks_keep(tmp_path):
+    job = fedkeel.Job(
+        name="masked",
+        rounds=2,
+        data={"clients": 12},
+        aggregate={"weigh": ["equal"], "reduce": "median"},
+        secagg={"size": 4},
+    )
+    run = fedkeel.run(job, tmp_path / "run", with_report=False)
+    settings = study.Settings(sizes=(1,), iterations=20, trials=40, canaries=40)
+    told = study.audit(run.path, parts=["inversion", "canaries"], settings=settings)
+    found = told.found
+    treatments = [t["name"] for case in found["inversion"]["cases"] for t in case["treatments"]]
+    assert "as it is, which masks keep from the server" in treatments
+    assert "as the job sends it" not in treatments
+    assert any("Masks keep that update from the server" in line for line in statements(found))
+    assert "at least ε" in told.verdict

@@ -18,7 +18,7 @@ from fedkeel.world.federation import Federation
 
 MULTIPLIERS = (0.01, 0.1, 1.0)
 """Standard deviations of the noise that is tried, in units of the update's own norm."""
-AS_IT_IS, AS_SENT = "as it is", "as the job sends it"
+AS_IT_IS, AS_SENT, MASKED = "as it is", "as the job sends it", "as it is, which masks keep from the server"
 _ACROSS = 4  # examples in a line of a picture
 
 
@@ -54,10 +54,13 @@ def unfit(federation: Federation) -> str | None:
 
 def treatments(federation: Federation, sent: updates.Sent, client: str, key: Key) -> Iterator[tuple[str, Tensor]]:
     """(name, update (P,)): as it is, what the job makes of it where that is another, and with noise."""
-    yield AS_IT_IS, sent.delta
-    arrived = updates.sent_by_job(federation, sent.delta[None], [client], key, sent.steps)[0]
-    if not torch.equal(arrived, sent.delta):
-        yield AS_SENT, arrived
+    if federation.plan.secure is not None:  # of sums the server sees no more than this, and nobody's own
+        yield MASKED, sent.delta
+    else:
+        yield AS_IT_IS, sent.delta
+        arrived = updates.sent_by_job(federation, sent.delta[None], [client], key, sent.steps)[0]
+        if not torch.equal(arrived, sent.delta):
+            yield AS_SENT, arrived
     for multiplier in MULTIPLIERS:
         noise = key.fold("noise", str(multiplier))
         yield f"noise {multiplier:g}", updates.noised(sent.delta, federation.layout.params, multiplier, noise)

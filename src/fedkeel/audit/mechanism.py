@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,9 @@ from fedkeel.core.keys import Key
 from fedkeel.core.types import Claims, Cohort, ServerState
 from fedkeel.kernels import distance
 from fedkeel.round import aggregate
+from fedkeel.round.groups import Groups
 from fedkeel.round.privacy import KEPT, NORM, Noiser, uncorrelated
+from fedkeel.round.secure import Secure
 from fedkeel.train import Task
 from fedkeel.world.federation import Federation
 
@@ -35,11 +38,11 @@ class Round:
     calls: int = field(default=0, init=False)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        federation, layout = self.federation, self.federation.layout
+        federation = self.federation
         self.calls += 1
         key = self.key.fold("call", self.calls)
         clients = [*self.clients, *(f"canary-{i}" for i in range(len(rows) - len(self.clients)))][: len(rows)]
-        plan, none = federation.plan, torch.zeros_like
+        plan = federation.plan
         if plan.privacy is not None and plan.privacy.sampling in ("poisson", "fixed"):
             drawn = torch.rand(len(rows), generator=key.fold("sample").torch(), dtype=torch.float64)
             here = (drawn < plan.privacy.cohort / plan.privacy.population).tolist()
@@ -47,27 +50,48 @@ class Round:
             rows, clients = rows[taken], [clients[i] for i in taken]
         arrived = updates.sent_by_job(federation, rows, clients, key, control=self.state.control)
         counts = torch.tensor([float(self._examples(client)) for client in clients], dtype=torch.float64)
-        cohort = Cohort(
-            arrived,
+        cohort = self._cohort(arrived, clients, counts, key)
+        if plan.noised:
+            return self._released(cohort)
+        try:
+            if plan.secure is not None:
+                return self._of_groups(plan.secure, cohort, key)
+            return aggregate.aggregate(plan, cohort, self.state, {}).direction
+        except CohortError:  # the round would be skipped, and the model kept
+            return torch.zeros_like(self.state.theta)
+
+    def _cohort(self, rows: Tensor, clients: Sequence[str], counts: Tensor, key: Key) -> Cohort:
+        layout, none = self.federation.layout, torch.zeros_like
+        return Cohort(
+            rows,
             tuple(clients),
             counts,
             none(counts),
             torch.ones_like(counts),
-            distance.sq_norms(arrived).sqrt(),
+            distance.sq_norms(rows).sqrt(),
             layout.params,
             tuple(found for e in layout.entries for found in layout.slices(e.name)[:1]),
             ({},) * len(rows),
             ((),) * len(rows),
             key.fold("cohort"),
-            federation.referee,
-            gap=(none(self.state.theta),) * len(rows) if plan.looks_back else None,
+            self.federation.referee,
+            gap=(none(self.state.theta),) * len(rows) if self.federation.plan.looks_back else None,
         )
-        if plan.noised:
-            return self._released(cohort)
-        try:
-            return aggregate.aggregate(plan, cohort, self.state, {}).direction
-        except CohortError:  # the round would be skipped, and the model kept
-            return none(self.state.theta)
+
+    def _of_groups(self, rule: Secure, cohort: Cohort, key: Key) -> Tensor:
+        """What the rules make of the means of groups, dealt anew."""
+
+        def described(rows: Tensor, claims: Sequence[Claims]) -> Cohort:
+            counts = torch.tensor([float(claim.num_examples) for claim in claims], dtype=torch.float64)
+            return self._cohort(rows, [claim.client for claim in claims], counts, key)
+
+        digest, counts = self.federation.layout.digest, cohort.num_examples.tolist()
+        claims = [
+            Claims(client, i, 0, digest, int(n), 1)
+            for i, (client, n) in enumerate(zip(cohort.client, counts, strict=True))
+        ]
+        groups = Groups(self.federation.plan, rule, cohort.U.shape[1], key, described)
+        return groups.preview(list(cohort.U), claims, self.state)
 
     def _released(self, cohort: Cohort) -> Tensor:
         """The noised sum of a cohort, as the server adds it up."""

@@ -14,7 +14,8 @@ from fedkeel.core.keys import Key
 from fedkeel.core.registry import build
 from fedkeel.core.types import Claims, ClientMemory
 from fedkeel.core.work import LocalWork
-from fedkeel.round import device, wire
+from fedkeel.round import device, secure, wire
+from fedkeel.round.protect import norm_of
 from fedkeel.train import ClientData, Task, make_trainer
 from fedkeel.world.federation import Federation
 
@@ -63,17 +64,20 @@ def sent_by_job(
 ) -> Tensor:
     """Rows (n, P) as the server has them after the job's row transforms, privacy and codec: clients without a past.
 
-    `control` is what the server sent beside the model.
+    `control` is what the server sent beside the model. Under masks the server has their sums alone: rows as they enter.
     """
     plan, layout = federation.plan, federation.layout
     claims = [Claims(client, i, 0, layout.digest, 1, steps) for i, client in enumerate(clients)]
     keys = [key.fold("client", client) for client in clients]
     name, codec = wire.built(plan.codec, layout)
-    arrived = torch.empty_like(rows)
-    for envelope, out in zip(
-        device.prepare(rows.clone(), keys, claims, ClientMemory(), plan, layout, control), arrived, strict=True
-    ):
-        wire.open_payload(wire.read(envelope), name, codec, out, intact=True)
+    arrived, memory = torch.empty_like(rows), ClientMemory()
+    envelopes = device.prepare(rows.clone(), keys, claims, memory, plan, layout, control)
+    for claim, envelope, out in zip(claims, envelopes, arrived, strict=True):
+        if plan.secure is None:
+            wire.open_payload(wire.read(envelope), name, codec, out, intact=True)
+            continue
+        whole = plan.secure.grid(norm_of(plan, control or {})).decode(secure.take(claim.client, memory), 1)
+        out.copy_(torch.from_numpy(whole / secure.weight_of(plan.weighers, claim)))
     return arrived
 
 

@@ -98,6 +98,7 @@ def statements(found: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Examples {word} the update of a client that has {words.count(case['size'], 'example')}: "
             f"{decibels(sent['psnr'])}, where a guess gives {case['baseline']['psnr']:.1f} dB."
+            + (" Masks keep that update from the server, which sees sums." if "masks" in sent["name"] else "")
         )
     if part := _part(found, "membership"):
         name, best = max(part["attacks"].items(), key=lambda pair: pair[1]["auc"])
