@@ -74,6 +74,20 @@ def test_the_median_of_groups_bears_a_hostile_client_and_the_mean_does_not(tmp_p
     assert found[2] > 0.6
 
 
+def test_weighers_that_compare_rows_see_groups_and_the_others_clients(tmp_path):
+    sections = {"data": {"clients": 24}, "rounds": 1, "attack": {"rule": "sign_flip(scale=30.0)", "clients": 1}}
+    done = run(tmp_path / "run", **sections, aggregate={"weigh": ["examples(cap=30)", "multi_krum(f=1)"]})
+    (bad,) = Federation.of(done.job).adversary.clients
+    weights = {row["client"]: row["weight"] for row in done.updates}
+    refused = [row for row in done.updates if row["stage"] == "weigh"]
+    assert len(refused) in (4, 8)
+    assert weights[bad] == 0
+    counts = {row["client"]: min(row["num_examples"], 30) for row in done.updates}
+    used = [client for client, weight in weights.items() if weight]
+    shares = {client: counts[client] / sum(counts[c] for c in used) for client in used}
+    assert {client: weights[client] for client in used} == pytest.approx(shares)
+
+
 def test_a_screen_of_sums_refuses_all_of_a_group_with_the_reason(tmp_path):
     sections = {"data": {"clients": 24}, "rounds": 1, "attack": {"rule": "sign_flip(scale=30.0)", "clients": 1}}
     done = run(tmp_path / "run", **sections, aggregate={**BASE["aggregate"], "screens": ["norm_mad"]})
@@ -145,7 +159,10 @@ def test_bytes_are_those_of_the_messages(tmp_path):
         ({"schedule": {"rule": "fedbuff(buffer=6)"}}, "who is late has nobody to add up with; write sync or semi_sync"),
         ({"aggregate": {"weigh": ["equal"], "checks": ["norm_bound(limit=3)"]}}, "it looks at single updates"),
         ({"aggregate": {"weigh": ["examples"]}}, "write examples(cap=100), say, or equal"),
-        ({"aggregate": {"weigh": ["krum(f=1)"]}}, "write examples(cap=100), say, or equal"),
+        (
+            {"aggregate": {"weigh": ["krum(f=1)"]}},
+            "weigher 'krum(f=1)' needs at least 5 rows, but secagg.size = 4 makes 3",
+        ),
         ({"aggregate": {"weigh": ["foolsgold"]}}, "it keeps something of each client's updates; leave it out"),
         ({"aggregate": {"weigh": ["equal"], "mix": ["fednova"]}}, "it goes by each client's update and steps"),
         ({"train": {"corrections": ["scaffold"]}}, "correction 'scaffold'"),

@@ -77,7 +77,7 @@ def sent_by_job(
             wire.open_payload(wire.read(envelope), name, codec, out, intact=True)
             continue
         whole = plan.secure.grid(norm_of(plan, control or {})).decode(secure.take(claim.client, memory), 1)
-        out.copy_(torch.from_numpy(whole / secure.weight_of(plan.weighers, claim)))
+        out.copy_(torch.from_numpy(whole / secure.weight_of(plan.own_weighers, claim)))
     return arrived
 
 

@@ -47,7 +47,7 @@ def aggregate(
 ) -> Outcome:
     """The aggregate of the cohort; what screens and weighers refuse goes into `refused`, by row.
 
-    `given` are the rows' weights (n,), of sums that clients have weighed themselves: no weigher is asked.
+    `given` are weights (n,) that the rows have already: of sums that clients have weighed themselves.
 
     Where screens refuse rows the others move up in `cohort.U`, in place: no second matrix. Raises `CohortError` when
     too few are left for the plan's rules, or a rule gives what its kind may not.
@@ -70,13 +70,12 @@ def aggregate(
         raise CohortError("no update was left after screening")
     if len(rows) < len(cohort):
         cohort = _compacted(cohort, rows)
-    weighers = plan.weighers if given is None else ()
-    for rule in (*weighers, plan.reducer):
+    for rule in (*plan.seeing_weighers, plan.reducer):
         if rule.needs > len(cohort):
             raise CohortError(f"{rule.kind} '{rule!r}' needs {rule.needs} rows, {len(cohort)} were left")
     weights = torch.ones(len(cohort), dtype=torch.float64) if given is None else given[rows]
     absolute = torch.ones_like(weights)
-    for rule in weighers:
+    for rule in plan.seeing_weighers:
         own = asked(rule, cohort)
         assert isinstance(own, Tensor)
         if own.shape != weights.shape or not bool((torch.isfinite(own) & (own >= 0)).all()):
@@ -91,7 +90,7 @@ def aggregate(
     shares = weights / sum_of(weights)
     trust = {
         row: held
-        for rule in weighers
+        for rule in plan.seeing_weighers
         for row, client in zip(rows, cohort.client, strict=True)
         if (held := _trust(rule, memory, client)) is not None
     }

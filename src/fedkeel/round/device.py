@@ -133,7 +133,7 @@ def send(
     if plan.secure is not None:
         grid = plan.secure.grid(norm_of(plan, control or {}))
         for row, claim in zip(rows, claims, strict=True):
-            weight = secure.weight_of(plan.weighers, claim)
+            weight = secure.weight_of(plan.own_weighers, claim)
             secure.hold(row, weight, grid, claim.client, memory, honest=honest)
         remember(rows, claims, memory, plan, control or {}, round)
         return [wire.seal(claim, secure.MASKED, b"") for claim in claims]

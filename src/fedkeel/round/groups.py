@@ -56,7 +56,7 @@ class Groups:
         """The aggregate of the groups' means; what becomes of a group becomes of all in it. Raises `CohortError`."""
         if not self.terms:
             raise CohortError(f"{len(claims)} updates were admitted, too few to add up under masks")
-        weights = {claim.client: secure.weight_of(self._plan.weighers, claim) for claim in claims}
+        weights = {claim.client: secure.weight_of(self._plan.own_weighers, claim) for claim in claims}
         found = secure.means(self.terms, sums, weights, self._rule.grid(self._rule.norm))
         gone: dict[int, Refusal] = {}
         told = self._of_groups(found, claims)
@@ -83,7 +83,7 @@ class Groups:
         """What the round would come to (P,) if these rows were all, as they are: hostile clients scale nothing down."""
         memory, grid, words = ClientMemory(), self._rule.grid(self._rule.norm), {}
         for row, claim in zip(rows, claims, strict=True):
-            weight = secure.weight_of(self._plan.weighers, claim)
+            weight = secure.weight_of(self._plan.own_weighers, claim)
             secure.hold(row, weight, grid, claim.client, memory, honest=False)
             words[claim.client] = secure.take(claim.client, memory)
         try:

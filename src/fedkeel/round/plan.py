@@ -65,7 +65,7 @@ class Plan:
         if self.secure is not None:
             self._check_secure(self.secure)
             where = f"secagg.size = {self.secure.size} makes {self.seen} sums of {self.rows} updates"
-        for rule in (*self.screens, *self.weighers, *self.mixers, self.reducer):
+        for rule in (*self.screens, *self.seeing_weighers, *self.mixers, self.reducer):
             if rule.needs > self.seen:
                 raise InputError(
                     f"{rule.kind} '{rule!r}' needs at least {rule.needs} rows, but {where}: "
@@ -87,6 +87,16 @@ class Plan:
     def seen(self) -> int:
         """How many rows screens, mixers and the reducer may count on: updates, or sums of them."""
         return self.rows if self.secure is None else self.secure.groups(self.rows)
+
+    @property
+    def own_weighers(self) -> tuple[Rule, ...]:
+        """By which clients weigh their updates themselves, before they are added up under masks."""
+        return () if self.secure is None else tuple(w for w in self.weighers if "per_row" in w.definition.traits)
+
+    @property
+    def seeing_weighers(self) -> tuple[Rule, ...]:
+        """The others: of the rows that rules see."""
+        return tuple(rule for rule in self.weighers if rule not in self.own_weighers)
 
     @cached_property
     def max_staleness(self) -> int:
@@ -149,7 +159,7 @@ class Plan:
         for rule in (*self.screens, *self.weighers):
             if rule.definition.init is not None:
                 refuse(f"{rule.kind} '{rule!r}'", "it keeps something of each client's updates", "leave it out")
-        for rule in self.weighers:
+        for rule in self.own_weighers:
             if most(rule) == math.inf:
                 why = "a client weighs its update itself, by a weight that has a bound and depends on nobody else"
                 refuse(f"weigher '{rule!r}'", why, "write examples(cap=100), say, or equal")
@@ -192,7 +202,7 @@ class Plan:
         for rule in self.screens:  # each of them sees the whole cohort
             take(rule, self.seen)
         screened = left
-        for rule in self.weighers if self.secure is None else ():
+        for rule in self.seeing_weighers:
             take(rule, screened)
         for rule in (*self.mixers, self.reducer):
             take(rule, left)
@@ -244,9 +254,9 @@ class Plan:
             ("encode", (codec,) if self.secure is None else ()),
             ("check", self.checks),
             ("quarantine", (self.quarantine,) if self.quarantine else ()),
-            *([] if self.secure is None else [("weigh", self.weighers), ("sum", (self.secure,))]),
+            *([] if self.secure is None else [("weigh", self.own_weighers), ("sum", (self.secure,))]),
             ("screen", self.screens),
-            ("weigh", self.weighers if self.secure is None else ()),
+            ("weigh", self.seeing_weighers),
             ("mix", self.mixers),
             ("reduce", (self.reducer,)),
             ("value", (self.contribution,) if self.contribution else ()),

@@ -268,7 +268,7 @@ class Server:
         admitted = _Admitted(task, update, self.state.version - update.claims.base_version)
         admitted.seconds, admitted.bytes_down = now - order.since, order.bytes_down
         if self._groups is not None:
-            admitted.weight = secure.weight_of(self.plan.weighers, update.claims)
+            admitted.weight = secure.weight_of(self.plan.own_weighers, update.claims)
             self._admitted.append(admitted)
             return
         if self._streams or self._noiser:
