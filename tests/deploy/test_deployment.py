@@ -198,7 +198,7 @@ def test_hostile_nodes_are_refused_with_a_reason_and_the_run_goes_on(tmp_path: P
 
 
 def test_a_third_of_all_answers_lost_costs_time_and_nothing_else(tmp_path: Path) -> None:
-    with deployed(tmp_path / "d", job(3, 5, holdout=0.2)) as net:
+    with deployed(tmp_path / "d", job(3, 3, holdout=0.2)) as net:
         settings = net.folder / "server" / "server.toml"
         settings.write_text(settings.read_text().replace("probe = 20.0", "probe = 1.5"))
         serving = net.server()
@@ -210,12 +210,12 @@ def test_a_third_of_all_answers_lost_costs_time_and_nothing_else(tmp_path: Path)
     used = claims(done.updates)
     assert len(used) == len(set(used))
     lost = [row for row in done.updates if row["stage"] is not None]
-    assert len(used) + len(lost) == 15
+    assert len(used) + len(lost) == 9
     assert lost
     assert all("lost on the way" in row["reason"] for row in lost), {row["reason"] for row in lost}
     figures = [row["value"] for row in done.metrics if row["name"] == "accuracy" and row["scope"].startswith("client/")]
-    # Asked for again where they were lost, but who owes those of two rounds is not asked for more: of 18.
-    assert len(figures) >= 10, figures
+    # Asked for again where they were lost, but who owes those of two rounds is not asked for more: of 12.
+    assert len(figures) >= 6, figures
 
 
 def test_a_node_without_a_registered_key_never_gets_in(tmp_path: Path) -> None:

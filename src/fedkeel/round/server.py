@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from fedkeel.core.errors import CohortError, DecodeError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
-from fedkeel.core.registry import Rule
 from fedkeel.core.roster import Roster
 from fedkeel.core.types import (
     Claims,
@@ -33,11 +32,12 @@ from fedkeel.core.types import (
 from fedkeel.core.work import LocalWork
 from fedkeel.kernels import distance
 from fedkeel.round import secure, wire
+from fedkeel.round.admission import Admitted, first_refusal, measured
 from fedkeel.round.aggregate import Outcome, Used, aggregate, cosines, per_step_, reduced, scale_of, sum_of
 from fedkeel.round.controls import first_control, next_control
 from fedkeel.round.downlink import Downlink
 from fedkeel.round.groups import Groups
-from fedkeel.round.minutes import Minutes, described
+from fedkeel.round.minutes import Minutes
 from fedkeel.round.plan import Plan
 from fedkeel.round.privacy import KEPT, NORM, Account, Noiser
 from fedkeel.round.quarantine import Book
@@ -46,17 +46,6 @@ from fedkeel.secagg.groups import GroupSum
 from fedkeel.secagg.terms import Terms
 
 _log = logging.getLogger("fedkeel")
-
-
-@dataclass(slots=True)
-class _Admitted:
-    task: int
-    update: Update
-    staleness: int
-    weight: float = 0.0
-    absolute: float = 1.0
-    seconds: float = 0.0
-    bytes_down: int = 0
 
 
 class Server:
@@ -97,7 +86,7 @@ class Server:
         self._downlink = Downlink(plan.down, plan.down_zstd, layout, state.theta, state.downlink)
         self._sent = 0
         self._answered: set[int] = set()
-        self._admitted: list[_Admitted] = []
+        self._admitted: list[Admitted] = []
         self._minutes = Minutes(plan.cohort)
         self._last_payload: dict[str, str] = dict(state.trust.get("last_payload", {}))
         self._book = Book(plan.quarantine, state.trust.get("offences", {}))
@@ -215,10 +204,10 @@ class Server:
             refusal = self._check_header(client, update)
             if refusal is None:
                 if self._groups is None:
-                    update = self._measure(update, self._decode(sealed, intact))
+                    update = measured(update, self._decode(sealed, intact))
                 elif sealed.codec != secure.MASKED or len(sealed.payload):
                     raise DecodeError("it has a row, and rows are added up under masks")
-                refusal = _first_refusal(self._body_checks, update, self.door)
+                refusal = first_refusal(self._body_checks, update, self.door)
                 if refusal is None:
                     self._admit(client, update, now)
                     return None
@@ -244,7 +233,7 @@ class Server:
         open_task = self._outstanding.get(client) == claims.task
         if not open_task and claims.task not in self._answered and claims.task < self.state.next_task:
             return Refusal("late", "task", f"task {claims.task} is closed")
-        refusal = _first_refusal(self._header_checks, update, self.door)
+        refusal = first_refusal(self._header_checks, update, self.door)
         if refusal is None and not open_task:
             # Structural, whatever checks a job names: no task is answered twice, none without being given.
             return Refusal("check", "task", f"task {claims.task} is not one that this client was given")
@@ -255,17 +244,12 @@ class Server:
             return Refusal("check", "version", why)
         return refusal
 
-    def _measure(self, update: Update, delta: Tensor) -> Update:
-        square, columns = distance.sq_norm(delta), delta.numel()
-        variance = max(square / columns - (float(delta.sum()) / columns) ** 2, 0.0) if columns else 0.0
-        return replace(update, delta=delta, norm=math.sqrt(square), variance=variance, finite=math.isfinite(square))
-
     def _admit(self, client: str, update: Update, now: float) -> None:
         order = self._take(client)
         assert order is not None
         task = order.task
         self._answered.add(task)
-        admitted = _Admitted(task, update, self.state.version - update.claims.base_version)
+        admitted = Admitted(task, update, self.state.version - update.claims.base_version)
         admitted.seconds, admitted.bytes_down = now - order.since, order.bytes_down
         if self._groups is not None:
             admitted.weight = secure.weight_of(self.plan.own_weighers, update.claims)
@@ -330,7 +314,7 @@ class Server:
             self.state.round + 1,
             self.state.version,
             now,
-            self._rows(outcome, refused, worth, skip),
+            self._lines(None if skip else outcome, refused, worth),
             skip,
             0.0 if skip else outcome.norm,
             self._sent,
@@ -348,9 +332,9 @@ class Server:
         """
         admitted, rows = [], []
         for row, claim in zip(U, claims, strict=True):
-            update = self._measure(Update(claim, b"", 0), row)
-            if _first_refusal(self._body_checks, update, self.door) is None:
-                admitted.append(_Admitted(claim.task, update, self.state.version - claim.base_version))
+            update = measured(Update(claim, b"", 0), row)
+            if first_refusal(self._body_checks, update, self.door) is None:
+                admitted.append(Admitted(claim.task, update, self.state.version - claim.base_version))
                 rows.append(row)
         try:
             if self._groups is not None:
@@ -394,8 +378,8 @@ class Server:
         return self._release(self._noiser)
 
     def _described(self, rows: Tensor, claims: Sequence[Claims]) -> Cohort:
-        updates = [self._measure(Update(claim, b"", 0), row) for row, claim in zip(rows, claims, strict=True)]
-        return self._cohort(rows, [_Admitted(place, update, 0) for place, update in enumerate(updates)])
+        updates = [measured(Update(claim, b"", 0), row) for row, claim in zip(rows, claims, strict=True)]
+        return self._cohort(rows, [Admitted(place, update, 0) for place, update in enumerate(updates)])
 
     def _release(self, noiser: Noiser) -> Outcome:
         """The noised sum, also of no updates at all; what the ledger says of each row is not released."""
@@ -410,7 +394,7 @@ class Server:
         memory = {**self.state.kept, KEPT: kept}
         return Outcome(direction, norm, dict(enumerate(shares)), found, kept=memory, used=used)
 
-    def _cohort(self, U: Tensor, admitted: Sequence[_Admitted]) -> Cohort:
+    def _cohort(self, U: Tensor, admitted: Sequence[Admitted]) -> Cohort:
         claims = [a.update.claims for a in admitted]
         return Cohort(
             U,
@@ -500,26 +484,13 @@ class Server:
             _log.warning("contribution '%r' failed in round %d: %s", rule, before.round + 1, error)
             return {}
 
-    def _rows(
-        self, outcome: Outcome, refused: Mapping[int, Refusal], worth: Mapping[int, float], skip: str | None
+    def _lines(
+        self, outcome: Outcome | None, refused: Mapping[int, Refusal], worth: Mapping[int, float]
     ) -> tuple[ClientRow, ...]:
-        rows = []
-        for i, admitted in enumerate(self._admitted):
-            row = described(admitted.update)
-            weight = 0.0 if skip else outcome.weights.get(i, 0.0)
-            rows.append(
-                replace(
-                    row,
-                    refusal=refused.get(i),
-                    weight=weight,
-                    cosine=None if skip else outcome.cosines.get(i),
-                    trust=None if skip else outcome.trust.get(i),
-                    contribution=None if skip else worth.get(i),
-                    staleness=admitted.staleness,
-                    bytes_down=admitted.bytes_down,
-                    seconds=admitted.seconds,
-                )
-            )
+        rows = [
+            a.line(refused.get(i)) if outcome is None else a.used_line(i, outcome, worth.get(i), refused.get(i))
+            for i, a in enumerate(self._admitted)
+        ]
         used = {row.client for row in rows}  # under asynchrony, of a task that was given before the quarantine
         left_out = [ClientRow(client, refusal) for client, refusal in self._left_out.items() if client not in used]
         return (*rows, *self._minutes.lines(), *left_out)
@@ -544,17 +515,6 @@ class Server:
         self._answered.clear()
         self._store.clear(self.state.next_task)
         self._sum.clear()
-
-
-def _first_refusal(checks: Sequence[Rule], update: Update, door: Door) -> Refusal | None:
-    for check in checks:
-        try:
-            reason = check(update, door)
-        except Exception as error:  # a user's rule that fails must neither stop the round nor let anything in
-            reason = f"the check raised {type(error).__name__}: {error}"
-        if reason is not None:
-            return Refusal("check", check.name, str(reason), update.norm if check.name == "norm_bound" else None)
-    return None
 
 
 def _float64(values: Iterable[float]) -> Tensor:
