@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedkeel
 from fedkeel.core.errors import InputError
+from fedkeel.core.keys import Key
+from fedkeel.core.noise import Noise
+from fedkeel.kernels import native
+from fedkeel.kernels.normal import add_noise
 from fedkeel.round.accountant import Poisson, epsilon
 from fedkeel.world.federation import Federation
 
@@ -95,3 +100,20 @@ def test_known_noise_gives_the_same_run_on_every_backend(tmp_path: Path) -> None
         ends.append(fedkeel.run(known, tmp_path / backend, with_report=False).state.theta)
     assert float((ends[0] - ends[1]).abs().max()) < 1e-4
     assert float((ends[0] - ends[2]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_noised_step_lies_on_a_grid_whatever_the_gradient(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: "not here")
+    scale, count = 0.37, 4096
+    noise = Noise(Key(5)).normals(count)
+    for x in (torch.zeros(count), torch.rand(count), torch.full((count,), 2.0**-30)):
+        out = x.clone()
+        add_noise(out, noise, scale, 1.0)
+        units = out.double() * 2.0**22  # a 2^20th of the power of two below the scale, 2^-2
+        assert torch.equal(units, units.round())
+        assert float((out.double() - (x.double() + scale * noise)).abs().max()) <= 2.0**-23
+    out = x.clone()
+    add_noise(out, noise, 0.0, 0.5)
+    assert torch.equal(out, x * 0.5)

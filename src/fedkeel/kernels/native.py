@@ -64,7 +64,7 @@ class Library:
         self.normals = library.fedkeel_normals
         self.normals.argtypes = [pointer, number, pointer]
         self.noised = library.fedkeel_noised
-        self.noised.argtypes = [pointer, number, ctypes.c_double, ctypes.c_double, pointer, pointer]
+        self.noised.argtypes = [pointer, number, *[ctypes.c_double] * 3, pointer, pointer]
         self.pack, self.unpack = library.fedkeel_pack, library.fedkeel_unpack
         self.pack.argtypes = self.unpack.argtypes = [pointer, number, number, pointer]
         self.unary = library.fedkeel_unary

@@ -91,7 +91,6 @@ class PrivateStep:
             losses = torch.where(norms.isfinite(), losses, norms)
         else:
             self.g.zero_()
-        # In float64, rounded once: what comes out has no bits of the sum that noise this fine did not cover.
         for part in torch.split(self.g, _BLOCK):
             add_noise(part, self.noise.normals(len(part)), self.given.noise * self.given.norm, 1 / expected)
         self.loop.descend(self.g)

@@ -187,7 +187,7 @@ typedef struct {
     void (*peaks)(const float *, const int64_t *, int64_t, int32_t *);
     int64_t (*above)(const float *, int64_t, int32_t, int64_t, uint32_t *);
     void (*normals)(const int64_t *, int64_t, double *);
-    void (*noised)(const double *, int64_t, double, double, const float *, float *);
+    void (*noised)(const double *, int64_t, double, double, double, const float *, float *);
 } functions;
 
 #define FUNCTIONS(set)                                                                                                \
@@ -278,8 +278,9 @@ EXPORT int64_t fedkeel_above(const float *x, int64_t n, int64_t least, int64_t r
 
 /* normal.h has these. */
 EXPORT void fedkeel_normals(const int64_t *words, int64_t pairs, double *out) { chosen->normals(words, pairs, out); }
-EXPORT void fedkeel_noised(const double *noise, int64_t n, double scale, double share, const float *x, float *out) {
-    chosen->noised(noise, n, scale, share, x, out);
+EXPORT void fedkeel_noised(const double *noise, int64_t n, double scale, double all, double share, const float *x,
+                           float *out) {
+    chosen->noised(noise, n, scale, all, share, x, out);
 }
 
 #include "bits.h"

@@ -46,8 +46,10 @@ static void NAME(normals)(const int64_t *words, int64_t pairs, double *out) {
     }
 }
 
-/* out = (x + scale * noise) * share, rounded once. */
-static void NAME(noised)(const double *noise, int64_t n, double scale, double share, const float *x, float *out) {
+/* out = (x + scale * noise) * share, the sum in whole units. `all` is 1.5 * 2^52 units: so large a double has no parts of
+   one, and so adding it rounds. */
+static void NAME(noised)(const double *noise, int64_t n, double scale, double all, double share, const float *x,
+                         float *out) {
     ELEMENTWISE
-    for (int64_t j = 0; j < n; j++) out[j] = (float)(((double)x[j] + scale * noise[j]) * share);
+    for (int64_t j = 0; j < n; j++) out[j] = (float)((((double)x[j] + scale * noise[j] + all) - all) * share);
 }
