@@ -142,7 +142,9 @@ class Client(Section):
     error_feedback: bool = Field(False, description="add what the codec loses of an update to the client's next one")
     labels: bool = Field(False, description="tell the server the shares of the classes, as the weigher trust uses them")
     label_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="scale of the Laplace noise on the counts behind those shares, not drawn from the seed"
+        0.0,
+        description="scale of the Laplace noise on the counts behind those shares, not drawn from the seed; under "
+        "local noise on the shares themselves",
     )
 
 
@@ -190,6 +192,14 @@ class Privacy(Section):
         None,
         description="examples that a client has at least, where steps are noised; who has fewer does not take part. In "
         "simulation what the clients have when left out",
+    )
+    metrics_noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Gaussian noise on the losses that clients tell under local and examples, relative to how far they "
+        "can move; they tell none when it is left out",
+    )
+    metrics_bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="what such a loss is cut to; 5 when left out"
     )
     accountant: Literal["pld", "rdp"] = Field(
         "pld", description="how Poisson sampling is counted: privacy loss distributions, or Renyi divergences"
@@ -309,6 +319,11 @@ class Job(Section):
             raise InputError("privacy says how much is hidden, but not by what: name privacy.mechanism, as 'central'")
         if self.secagg.size is None and self.secagg != Secagg():
             raise InputError("secagg says how updates are added up, but not in groups of how many: set secagg.size")
+        if self.privacy.metrics_bound is not None and self.privacy.metrics_noise is None:
+            raise InputError(
+                f"privacy.metrics_bound = {self.privacy.metrics_bound:g} is for losses with noise: set "
+                "privacy.metrics_noise, as 5.0"
+            )
         if self.data.pooled and self.secagg.size is not None:
             raise InputError("data.pooled leaves no clients to add up: leave out secagg.size")
         if self.data.pooled and self.privacy.mechanism is not None:

@@ -83,7 +83,7 @@ def test_the_fewer_examples_the_more_noise() -> None:
     [
         ({"train": {"stopping": "plateau(epsilon=0.1)"}}, "write epochs or steps"),
         ({"train": {"objective": "moon(mu=1.0)"}, "model": {"build": "mlp"}}, "write 'plain'"),
-        ({"data": {"holdout": 0.2}}, "data.holdout has clients tell"),
+        ({"data": {"holdout": 0.2}}, "data.holdout = 0.2 has clients tell"),
         ({"privacy": {"mechanism": "central(norm=1.0)", "least_examples": 5}}, "is for noise in steps"),
         ({"train": {"backend": "rows"}}, "rows"),
     ],

@@ -16,6 +16,7 @@ from fedkeel.deploy import loaders, messages
 from fedkeel.deploy.folder import NodeFolder
 from fedkeel.round import secure, wire
 from fedkeel.round.controls import first_control
+from fedkeel.round.device import LABEL_NOISE
 from fedkeel.round.protect import USES
 from fedkeel.secagg.client import Client as Session
 from fedkeel.secagg.messages import is_terms, read_terms
@@ -139,7 +140,7 @@ class Node:
         """Remember what there was before the task; before it once more, where a server went back to its checkpoint."""
         if task <= self._task:
             held = self._memory.of(self._client)
-            left = {USES: held[USES]} if USES in held else {}  # what has left has left
+            left = {name: held[name] for name in (USES, LABEL_NOISE) if name in held}  # what has left has left
             self._memory.forget(self._client, list(held))
             self._memory.keep(self._client, {**self._before, **left})
         self._before, self._task = dict(self._memory.of(self._client)), task

@@ -102,12 +102,12 @@ def solve(events: Callable[[float], Events], target: float, delta: float, method
     return high
 
 
-def most(event: Event, target: float, delta: float, method: Method, limit: int) -> int:
-    """How often an event may happen within a target epsilon, at most `limit` times."""
+def most(events: Callable[[int], Events], target: float, delta: float, method: Method, limit: int) -> int:
+    """How many times over events, by that number, stay within a target epsilon; at most `limit`."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if epsilon({event: middle}, delta, method) <= target else (low, middle - 1)
+        low, high = (middle, high) if epsilon(events(middle), delta, method) <= target else (low, middle - 1)
     return low
 
 

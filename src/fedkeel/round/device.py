@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
+from fedkeel.core.noise import cut, rounded, unit_of
 from fedkeel.core.types import Claims, ClientMemory
 from fedkeel.kernels import distance
 from fedkeel.round import secure, wire
@@ -20,24 +21,34 @@ from fedkeel.round.protect import norm_of, protect
 _draw = random.SystemRandom()
 CORRECTION = "correction/"
 """What a client's memory has before the names of corrections."""
+LABEL_NOISE = "label_noise"
+"""Under what name a client remembers the noise on its labels: it must not be drawn again."""
 _PENDING = "pending/"
 _RESIDUAL = "residual"
 _TASK = _PENDING + "task"
 
 
-def label_shares(client: str, counts: Tensor, noise: float, memory: ClientMemory) -> tuple[float, ...]:
+def label_shares(
+    client: str, counts: Tensor, noise: float, memory: ClientMemory, *, whole: bool = False
+) -> tuple[float, ...]:
     """The shares of the classes among a client's examples, of its counts (C,), for its claims.
 
-    `noise` is the scale of the Laplace noise on each count: from the operating system's generator, never the run's
-    seed, and drawn once, as fresh noise would be averaged away; the client remembers it. What noise makes negative is
-    0; no examples, or more classes than an envelope holds, tell nothing.
+    `noise` is the scale of the Laplace noise on each count, which hides an example, or, to hide the `whole` client, on
+    each share: two clients' shares are apart by 2 at most (L1). It comes from the operating system's generator, never
+    the run's seed, and is drawn once, as fresh noise would be averaged away; the client remembers it. Values and noise
+    lie on one grid, so that low bits tell nothing. What noise makes negative is 0; no examples, or more classes than an
+    envelope holds, tell nothing.
     """
     told = counts.to(torch.float64)
+    if whole:
+        told = told / told.sum().clamp(min=1)
     if noise:
-        if "label_noise" not in memory.of(client):
+        unit = unit_of(min(noise, 1.0))
+        if LABEL_NOISE not in memory.of(client):
             drawn = [noise * _draw.expovariate(1.0) * _draw.choice((-1, 1)) for _ in range(len(counts))]
-            memory.keep(client, {"label_noise": torch.tensor(drawn, dtype=torch.float64)})
-        told = told + memory.of(client)["label_noise"]
+            kept = rounded(torch.tensor(drawn, dtype=torch.float64), unit).to(torch.float64) * unit
+            memory.keep(client, {LABEL_NOISE: kept})
+        told = cut(told, unit).to(torch.float64) * unit + memory.of(client)[LABEL_NOISE]
     told = told.clamp(min=0)
     if not 0 < len(counts) <= wire.MAX_LABELS or not float(told.sum()) > 0:
         return ()

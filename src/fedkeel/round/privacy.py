@@ -30,6 +30,26 @@ _SHAVED = 1 - 2.0**-20  # of a norm: its computation is right to float32
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What clients tell beside their updates where the server is not trusted, with noise of its own.
+
+    In each round the figures `names`, each cut to [0, bound], with Gaussian noise of the multiplier `noise`: together
+    they may move by bound * sqrt(len(names)). And once the shares of their labels, whose noise spends an epsilon of
+    `labels`.
+    """
+
+    names: tuple[str, ...] = ()
+    bound: float = 1.0
+    noise: float = 1.0
+    labels: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """Of the noise on each figure."""
+        return self.noise * self.bound * math.sqrt(len(self.names))
+
+
+@dataclass(frozen=True)
 class Privacy:
     """What a plan promises: the mechanism, with its noise known, and how its spending is counted.
 
@@ -37,7 +57,8 @@ class Privacy:
     client is planned to take part in, where that is what is counted, `limit` what the job bounds them by. `epsilon` is
     the budget, None: what is spent is told, and no more. `cohort` updates a round are planned, of `population` clients.
     `secret` is None for noise from the operating system's generator; with a key of the run's nothing is private.
-    `local` is what a round costs an example of a client that takes part in it, where steps add the noise.
+    `local` is what a round costs an example of a client that takes part in it, where steps add the noise; `beside` what
+    clients tell beside their updates.
     """
 
     mechanism: Mechanism
@@ -52,6 +73,7 @@ class Privacy:
     secret: Key | None = None
     limit: int | None = None
     local: Poisson | None = None
+    beside: Beside = Beside()
 
     @property
     def noise(self) -> float:
@@ -76,7 +98,15 @@ class Privacy:
 
     def planned(self) -> dict[Event, int]:
         """What the whole run costs, if every round is as planned."""
-        return {self.event(): self.uses if self.by_client else self.rounds}
+        return self.of_uses(self.uses) if self.by_client else {self.event(): self.rounds}
+
+    def of_uses(self, count: int) -> dict[Event, int]:
+        """What so many rounds cost a client that takes part in them."""
+        found = {self.event(): count}
+        if self.beside.names:
+            told = Uses(self.beside.noise)
+            found[told] = found.get(told, 0) + count
+        return found
 
     def check_population(self, clients: int) -> None:
         """Raise `InputError` where there are fewer clients than the rate of sampling was reckoned with."""
@@ -100,11 +130,12 @@ class Privacy:
         """How many rounds a client may take part in; None where nothing bounds it, or rounds of all are counted."""
         if not self.by_client or self.epsilon is None:
             return self.limit
-        return accountant.most(self.event(), self.epsilon, self.delta, self.method, self.limit or self.rounds)
+        left = self.epsilon - self.beside.labels
+        return accountant.most(self.of_uses, left, self.delta, self.method, self.limit or self.rounds)
 
     def spent(self, events: Mapping[Event, int]) -> float:
-        """Epsilon of what has happened."""
-        return accountant.epsilon(events, self.delta, self.method)
+        """Epsilon of what has happened; that of labels is pure, and adds to any other."""
+        return accountant.epsilon(events, self.delta, self.method) + (self.beside.labels if any(events.values()) else 0)
 
     def in_words(self) -> dict[str, str]:
         """What is promised to whom, and how it is counted, for reports and model cards."""
@@ -127,6 +158,11 @@ class Privacy:
         by = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}[self.method]
         exact = "the exact bound for Gaussian noise"
         how = {"poisson": by, "steps": by, "fixed": "Renyi divergences", "uses": exact}[self.sampling]
+        told = []
+        if self.beside.names:
+            told = [f"{', '.join(self.beside.names)}, cut to {self.beside.bound:g}, noise {self.beside.deviation:.3g}"]
+        if self.beside.labels:
+            told.append(f"once the shares of labels, epsilon {self.beside.labels:.3g}")
         budget = "none" if self.epsilon is None else f"epsilon {self.epsilon:g}"
         seed = "the run's seed: whoever knows it can take it away, and nothing is private"
         return {
@@ -135,6 +171,7 @@ class Privacy:
             "counts on": counted[self.sampling],
             "counted by": f"{how}, at delta {self.delta:g}",
             "budget": budget,
+            **({"counted as well": "; ".join(told)} if told else {}),
             "noise from": "the operating system's generator" if self.secret is None else seed,
         }
 
@@ -153,7 +190,7 @@ def _solved(privacy: Privacy) -> float:
     def events(noise: float) -> dict[Event, int]:
         return replace(privacy, mechanism=replace(privacy.mechanism, noise=noise)).planned()
 
-    return accountant.solve(events, privacy.epsilon, privacy.delta, privacy.method)
+    return accountant.solve(events, privacy.epsilon - privacy.beside.labels, privacy.delta, privacy.method)
 
 
 class Account:
@@ -222,9 +259,7 @@ class Account:
 
     def _spending(self) -> dict[Event, int]:
         found = dict(self._events)
-        if self._uses:
-            found[self.privacy.event()] = max(self._uses.values())
-        return found
+        return found | self.privacy.of_uses(max(self._uses.values())) if self._uses else found
 
 
 def _read(text: str) -> Event:

@@ -13,7 +13,7 @@ from fedkeel.core.types import ExampleNoise, Mechanism
 from fedkeel.round import accountant
 from fedkeel.round.accountant import Method, Poisson
 from fedkeel.round.plan import Plan
-from fedkeel.round.privacy import Privacy
+from fedkeel.round.privacy import Beside, Privacy
 
 
 def promised(
@@ -27,6 +27,7 @@ def promised(
     method: Method = "pld",
     secret: Key | None = None,
     least: int | None = None,
+    beside: Beside | None = None,
 ) -> Plan:
     """The plan with a mechanism, whose noise is solved for where the budget is what is given.
 
@@ -64,6 +65,13 @@ def promised(
     privacy = Privacy(
         mechanism, sampling, rounds, most, plan.rows, population, delta, epsilon, method, secret, limit=uses
     )
+    if beside is not None:
+        privacy = replace(privacy, beside=beside)
+    if epsilon is not None and privacy.beside.labels >= epsilon:
+        raise InputError(
+            f"privacy.epsilon = {epsilon:g} is spent on the labels alone, which client.label_noise hides with epsilon "
+            f"{privacy.beside.labels:.3g}: raise client.label_noise, or the budget"
+        )
     if mechanism.place == "step":
         privacy = replace(privacy, local=_worst(privacy, plan, least))
     if mechanism.noise is None:

@@ -44,7 +44,7 @@ def protect(
         return rows, list(claims)
     mechanism = privacy.mechanism
     norm = norm_of(plan, control)
-    told = [_told(claim, privacy, plan) for claim in claims]
+    told = [_told(claim, privacy, plan, key) for claim, key in zip(claims, keys, strict=True)]
     if mechanism.place != "server":
         for claim in claims:
             uses = memory.of(claim.client).get(USES, torch.zeros((), dtype=torch.int64))
@@ -82,7 +82,7 @@ def _noised(row: Tensor, norm: float, multiplier: float, noise: Noise) -> Tensor
     return (whole.to(torch.float64) * unit).to(torch.float32)
 
 
-def _told(claim: Claims, privacy: Privacy, plan: Plan) -> Claims:
+def _told(claim: Claims, privacy: Privacy, plan: Plan, key: Key) -> Claims:
     """What a client says beside its update: a server that is trusted hears all, another what tells nothing of data."""
     if privacy.central:
         return claim
@@ -92,6 +92,20 @@ def _told(claim: Claims, privacy: Privacy, plan: Plan) -> Claims:
         claim,
         num_examples=1 if hidden else claim.num_examples,
         steps=claim.steps if same_for_all or not hidden else 1,
-        metrics={},
-        labels=(),
+        metrics=_figures(claim.metrics, privacy, key),
+        labels=claim.labels if privacy.beside.labels else (),
     )
+
+
+def _figures(metrics: Mapping[str, float], privacy: Privacy, key: Key) -> dict[str, float]:
+    """The figures that are told, with their noise, on a grid. One that is not there or not finite counts as the bound:
+    that it is missing would tell as well."""
+    beside = privacy.beside
+    if not beside.names:
+        return {}
+    known = torch.tensor([metrics.get(name, math.inf) for name in beside.names], dtype=torch.float64)
+    values = known.nan_to_num(math.inf).clamp(0.0, beside.bound)
+    noise = Noise(None if privacy.secret is None else key.fold("privacy", "figures"))
+    unit = unit_of(beside.bound)
+    whole = cut(values, unit) + rounded(noise.normals(len(values)) * beside.deviation, unit)
+    return dict(zip(beside.names, (whole.to(torch.float64) * unit).tolist(), strict=True))

@@ -17,9 +17,10 @@ from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.registry import Rule, build, definition
 from fedkeel.core.roster import Register
-from fedkeel.core.types import ClientMemory
+from fedkeel.core.types import ClientMemory, Mechanism
 from fedkeel.round import device
 from fedkeel.round.plan import Plan
+from fedkeel.round.privacy import Beside
 from fedkeel.round.promise import check_layout, promised
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.secure import Secure
@@ -247,7 +248,10 @@ class Federation:
             return {}
         counts = label_histogram(self.data, self.pool.classes)
         noise = self.job.client.label_noise
-        return {name: device.label_shares(name, counts[i], noise, memory) for i, name in enumerate(self.names)}
+        whole = self.plan.privacy is not None and self.plan.privacy.mechanism.place == "client"
+        return {
+            name: device.label_shares(name, counts[i], noise, memory, whole=whole) for i, name in enumerate(self.names)
+        }
 
     def private(self) -> Tensor | None:
         """The first private columns of every client (W - P,), or None where all columns are shared."""
@@ -289,6 +293,8 @@ class Federation:
         return {k: v for k, v in found.items() if v is not None}
 
 
+BOUND = 5.0
+"""What losses are cut to where a job says nothing: classes by chance have ln of their number, 2.3 for ten."""
 LONGEST = 100.0
 """The norm of updates under masks where a job names none: grids of 32 bits are fine enough for it."""
 
@@ -443,10 +449,10 @@ def _promised(job: Job, plan: Plan, data: ClientData | None = None) -> Plan:
         )
     if data is not None and least is None and len(data.y):
         least = max(1, min(data.count(client) for client in range(len(data))))
-    if mechanism.place != "server" and (job.client.labels or job.data.holdout):
+    if mechanism.place != "server" and job.data.holdout:
         raise InputError(
-            f"{'client.labels' if job.client.labels else 'data.holdout'} has clients tell of their data without noise, "
-            f"and privacy.mechanism = '{job.privacy.mechanism}' hides it from the server: leave out one of the two"
+            f"data.holdout = {job.data.holdout:g} has clients tell of their data without noise, and "
+            f"privacy.mechanism = '{job.privacy.mechanism}' hides it from the server: leave out one of the two"
         )
     if mechanism.place == "step" and data is None:
         return plan
@@ -460,7 +466,30 @@ def _promised(job: Job, plan: Plan, data: ClientData | None = None) -> Plan:
         method=job.privacy.accountant,
         secret=Key.root(job.seed).fold("privacy") if job.privacy.insecure_reproducible_noise else None,
         least=least,
+        beside=_beside(job, mechanism),
     )
+
+
+def _beside(job: Job, mechanism: Mechanism) -> Beside:
+    """What clients tell beside their updates, where the server is not trusted."""
+    noise, place = job.privacy.metrics_noise, mechanism.place
+    if place == "server":
+        if noise is not None:
+            raise InputError(
+                f"privacy.metrics_noise = {noise:g} hides losses from the server, which privacy.mechanism = "
+                f"'{job.privacy.mechanism}' trusts with them: leave it out, or use local or examples"
+            )
+        return Beside()
+    if job.client.labels and not job.client.label_noise:
+        raise InputError(
+            f"client.labels has clients tell of their data, and privacy.mechanism = '{job.privacy.mechanism}' hides it "
+            "from the server: set client.label_noise, which is counted, or leave it out"
+        )
+    labels = (2 if place == "client" else 1) / job.client.label_noise if job.client.labels else 0.0
+    if noise is None:
+        return Beside(labels=labels)
+    names = ("loss", "global_loss", "local_loss") if job.train.validation else ("loss",)
+    return Beside(names, job.privacy.metrics_bound or BOUND, noise, labels)
 
 
 def build_work(job: Job) -> LocalWork:

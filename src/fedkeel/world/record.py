@@ -89,7 +89,8 @@ class Record:
         rounds = self.ledger.rounds()
         spent = rounds[-1]["epsilon"] if rounds else 0.0
         words = promised.in_words()
-        return card.Privacy(spent, promised.delta, words["hides"], words["by"], words["counts on"], words["noise from"])
+        counted = "; as well: ".join(words[key] for key in ("counts on", "counted as well") if key in words)
+        return card.Privacy(spent, promised.delta, words["hides"], words["by"], counted, words["noise from"])
 
     def model(self, state: ServerState) -> None:
         """Write the final model, with its card."""
