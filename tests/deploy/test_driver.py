@@ -9,7 +9,8 @@ import torch
 
 import fedkeel
 from fedkeel.core.types import ServerState
-from fedkeel.deploy.driver import Arrived, Driver, Echo, Seat, Told, Way
+from fedkeel.deploy.driver import Arrived, Driver, Echo, Told, Way
+from fedkeel.deploy.summing import Seat
 from fedkeel.round.coordinator import Train
 from fedkeel.ship.rundir import RunDir
 from fedkeel.world.clients import Base

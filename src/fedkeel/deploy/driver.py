@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from fedkeel.core.types import ClientMemory, ServerState, Stage
 from fedkeel.deploy.summing import Asked, Seat, Summing
+from fedkeel.deploy.surveys import Survey, Surveys
 from fedkeel.round import coordinator as orders
 from fedkeel.round.coordinator import Command, Coordinator
 from fedkeel.round.server import Server
 from fedkeel.world.clients import Base
-from fedkeel.world.evaluation import Measured, asked_of_clients, of_shared, over_clients
+from fedkeel.world.evaluation import asked_of_clients, of_shared
 from fedkeel.world.federation import Federation
 from fedkeel.world.record import Record
 
@@ -28,8 +29,6 @@ LOOK = 2.0
 """Seconds between two looks at who is there."""
 POLL = 0.2
 """Seconds between two looks for replies."""
-MOST_OWED, MOST_SURVEYS = 2, 4
-"""Rounds of which a client may owe its figures before it is asked for no more; rounds whose figures are waited for."""
 _DOUBLINGS = 8
 """Of the time between two probes that have no answer."""
 
@@ -78,18 +77,6 @@ class _Work:
     seat: Seat
     number: int
     closed: bool = False
-
-
-@dataclass(slots=True)
-class _Survey:
-    """Figures of a model version that are being gathered from clients."""
-
-    round: int
-    version: int
-    base: Base
-    until: float
-    waiting: dict[str, Asked] = field(default_factory=dict)
-    measured: Measured = field(default_factory=dict)
 
 
 Way = Callable[[int], Sequence[bytes] | None]
@@ -195,7 +182,7 @@ class Driver:
         self._record = record
         self._gather, self._probe = gather, probe
         self._asks = asked_of_clients(federation)
-        self._surveys: dict[int, _Survey] = {}
+        self._surveys = Surveys(federation, self._ask, record.metrics, patience)
         self._summing: Summing | None = None
         self._clock, self._sleep = clock, sleep
         self._began = clock() - now
@@ -264,7 +251,7 @@ class Driver:
         """Something has come from a node; True when the federation is over."""
         self._tries.pop(arrived.client, None)
         if isinstance(arrived, Told):
-            self._told(arrived)
+            self._surveys.told(*arrived)
             return False
         if isinstance(arrived, Said):
             if self._summing is not None:
@@ -287,11 +274,7 @@ class Driver:
         self._looked = self.now
         self._seats = self._nodes.seats()
         self._present.look(self._free())
-        for survey in list(self._surveys.values()):
-            here = self._seats if self.now < survey.until else {}
-            survey.waiting = {client: asked for client, asked in survey.waiting.items() if client in here}
-            self._ask(survey, [client for client, asked in survey.waiting.items() if asked.seat != here[client]])
-            self._settle(survey)
+        self._surveys.look(self._seats, self.now)
         if self._summing is not None:
             self._summing.look(self._seats)
         for client, work in list(self._at.items()):
@@ -301,8 +284,7 @@ class Driver:
             why = "its node is gone" if found is None else "its node was started anew while it was at work"
             if not work.closed and self._fail(client, work.task, why):
                 return True
-        waiting = {client for survey in self._surveys.values() for client in survey.waiting}
-        for client in {*self._at, *waiting, *(self._summing.waiting if self._summing else ())}:
+        for client in {*self._at, *self._surveys.waiting, *(self._summing.waiting if self._summing else ())}:
             tries = self._tries.get(client, 0)
             if self.now - self._quiet[client] >= self._probe * 2 ** min(tries, _DOUBLINGS):
                 self._nodes.probe(client, self._next(client), self._seats[client])
@@ -324,9 +306,7 @@ class Driver:
 
         Figures are asked for again. Work is not: its round may be closed, and what the client keeps has moved on.
         """
-        for survey in self._surveys.values():
-            if client in survey.waiting and survey.waiting[client].number < number and client in self._seats:
-                self._ask(survey, [client])
+        self._surveys.echo(client, number, self._seats)
         if self._summing is not None:
             self._summing.echo(client, number)
         work = self._at.get(client)
@@ -399,40 +379,13 @@ class Driver:
             self._record.metrics(round, version, of_shared(self.federation, theta, []))
             return
         base = self._based() if self.server.theta is theta else Base(theta, {})  # the model, not its coded double
-        owing = Counter(client for survey in self._surveys.values() for client in survey.waiting)
-        survey = self._surveys[round] = _Survey(round, version, base, self.now + self._present.patience)
-        self._ask(survey, sorted(client for client in self._seats if owing[client] < MOST_OWED))
-        for late in list(self._surveys.values())[:-MOST_SURVEYS]:  # each holds a model
-            late.waiting.clear()
-            self._settle(late)
-        self._settle(survey)
+        self._surveys.begin(round, version, base, self._seats, self.now)
 
-    def _ask(self, survey: _Survey, clients: Sequence[str]) -> None:
+    def _ask(self, survey: Survey, clients: Sequence[str]) -> Mapping[str, Asked]:
         """Ask clients who are there for their figures."""
-        if clients:
-            survey.waiting |= {client: Asked(self._seats[client], self._next(client)) for client in clients}
-            self._nodes.ask(clients, survey.round, survey.version, survey.base, self._seats)
-
-    def _told(self, told: Told) -> None:
-        survey = self._surveys.get(told.round)
-        if survey is None or told.client not in survey.waiting:
-            return
-        del survey.waiting[told.client]
-        if told.figures is None:
-            _log.warning("no figures of %s after round %d: %s", told.client, told.round, told.why)
-        else:
-            survey.measured[told.client] = told.figures
-        self._settle(survey)
-
-    def _settle(self, survey: _Survey) -> None:
-        """Write the figures down, once all have told theirs or will not."""
-        if survey.waiting or survey.round not in self._surveys:
-            return
-        del self._surveys[survey.round]
-        measured = {name: survey.measured[name] for name in self.federation.members if name in survey.measured}
-        found = over_clients(self.federation, measured) if measured else []
-        figures = [*of_shared(self.federation, survey.base.theta, found), *found]
-        self._record.metrics(survey.round, survey.version, figures)
+        asked = {client: Asked(self._seats[client], self._next(client)) for client in clients}
+        self._nodes.ask(clients, survey.round, survey.version, survey.base, self._seats)
+        return asked
 
     def _based(self) -> Base:
         """What clients begin with, one object as long as it is the same."""
