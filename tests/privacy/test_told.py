@@ -129,3 +129,17 @@ def test_a_budget_bounds_how_often_a_client_tells() -> None:
         assert most is not None
         assert promise.spent(promise.of_uses(most)) <= 3.0
     assert of.plan.privacy.spent(of.plan.privacy.of_uses(1)) > silent.plan.privacy.spent(silent.plan.privacy.of_uses(1))
+
+
+def test_under_masks_neighbours_differ_in_what_is_sent() -> None:
+    """Whose absence would cost others their group's sum moves more than its own update by it."""
+    sections = {
+        "privacy": {"mechanism": "central(norm=0.5)", "metrics_noise": None, "metrics_bound": None},
+        "select": {"rule": "poisson"},
+    }
+    masked, plain = Federation.of(job(**sections, secagg={"size": 4})), Federation.of(job(**sections))
+    promises = [of.plan.privacy for of in (masked, plain)]
+    assert all(promise is not None for promise in promises)
+    words = [promise.in_words()["counts on"] for promise in promises if promise is not None]
+    assert "neighbours differ in whether one client's updates are zero" in words[0]
+    assert "neighbours differ by one client" in words[1]

@@ -58,7 +58,8 @@ class Privacy:
     the budget, None: what is spent is told, and no more. `cohort` updates a round are planned, of `population` clients.
     `secret` is None for noise from the operating system's generator; with a key of the run's nothing is private.
     `local` is what a round costs an example of a client that takes part in it, where steps add the noise; `beside` what
-    clients tell beside their updates.
+    clients tell beside their updates. `masked`: a client that is not there may cost others their place in a sum, so that
+    neighbours differ in what it sends, not in whether it is there.
     """
 
     mechanism: Mechanism
@@ -74,6 +75,7 @@ class Privacy:
     limit: int | None = None
     local: Poisson | None = None
     beside: Beside = Beside()
+    masked: bool = False
 
     @property
     def noise(self) -> float:
@@ -146,7 +148,7 @@ class Privacy:
         }
         counted = {
             "poisson": f"Poisson sampling, each client at a rate of {self.cohort / self.population:.4g}; neighbours "
-            "differ by one client",
+            f"differ {"in whether one client's updates are zero" if self.masked else 'by one client'}",
             "fixed": f"{self.cohort} of {self.population} clients drawn without replacement; neighbours differ in one "
             "client's data",
             "uses": f"each client's rounds, at most {self.most_uses or self.rounds} of {self.rounds}; neighbours "

@@ -65,8 +65,7 @@ def promised(
     privacy = Privacy(
         mechanism, sampling, rounds, most, plan.rows, population, delta, epsilon, method, secret, limit=uses
     )
-    if beside is not None:
-        privacy = replace(privacy, beside=beside)
+    privacy = replace(privacy, beside=beside or Beside(), masked=plan.secure is not None)
     if epsilon is not None and privacy.beside.labels >= epsilon:
         raise InputError(
             f"privacy.epsilon = {epsilon:g} is spent on the labels alone, which client.label_noise hides with epsilon "
