@@ -58,8 +58,8 @@ class Privacy:
     the budget, None: what is spent is told, and no more. `cohort` updates a round are planned, of `population` clients.
     `secret` is None for noise from the operating system's generator; with a key of the run's nothing is private.
     `local` is what a round costs an example of a client that takes part in it, where steps add the noise; `beside` what
-    clients tell beside their updates. `masked`: a client that is not there may cost others their place in a sum, so that
-    neighbours differ in what it sends, not in whether it is there.
+    clients tell beside their updates. `masked`: a client that is not there may cost others their place in a
+    sum, so that neighbours differ in what it sends, not in whether it is there.
     """
 
     mechanism: Mechanism
@@ -146,13 +146,17 @@ class Privacy:
             "client": "what each client learned, from the server as well",
             "step": "each example, from the server as well",
         }
+        by_one = "in whether one client's updates are zero" if self.masked else "by one client"
+        of_one = "in whether one client takes part" if self.central else "in one client's updates"
+        if self.masked:
+            of_one = by_one
         counted = {
             "poisson": f"Poisson sampling, each client at a rate of {self.cohort / self.population:.4g}; neighbours "
-            f"differ {"in whether one client's updates are zero" if self.masked else 'by one client'}",
+            f"differ {by_one}",
             "fixed": f"{self.cohort} of {self.population} clients drawn without replacement; neighbours differ in one "
             "client's data",
             "uses": f"each client's rounds, at most {self.most_uses or self.rounds} of {self.rounds}; neighbours "
-            "differ in one client's updates",
+            f"differ {of_one}",
             "steps": f"Poisson sampling of the examples of a client, with the fewest at a rate of "
             f"{self.local.rate if self.local else 1:.4g}, in at most {self.most_uses or self.rounds} of {self.rounds} "
             "rounds; neighbours differ by one example",
