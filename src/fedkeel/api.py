@@ -102,6 +102,13 @@ class Run:
         with self.dir.ledger(readonly=True) as ledger:
             return ledger.rounds()
 
+    @property
+    def epsilon(self) -> float | None:
+        """What is spent of privacy so far, by rounds that were done again as well; None where none is promised."""
+        with self.dir.ledger(readonly=True) as ledger:
+            found = [row["epsilon"] for row in ledger.query("SELECT max(epsilon) AS epsilon FROM rounds")]
+            return max((e for e in (*found, ledger.meta.get("epsilon")) if e is not None), default=None)
+
     def final(self, name: str = "accuracy", scope: str | None = None) -> dict[str, Any] | None:
         """The last row of a metric, or None when the run does not have it.
 

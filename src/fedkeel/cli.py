@@ -351,7 +351,7 @@ def _finish(done: Run, as_json: bool) -> None:
         row = done.final(metric)
         if row is not None:
             found[metric] = {k: row[k] for k in ("value", "low", "high")}
-    epsilon = rounds[-1]["epsilon"] if rounds else None
+    epsilon = done.epsilon
     if as_json:
         told = {"run": str(done.path), "rounds": len(rounds), "final": found, "epsilon": epsilon}
         _out.print_json(json.dumps({**told, "report": str(done.dir.report)}))

@@ -53,7 +53,7 @@ def test_lower_bounds_exceed_what_is_accounted_for_no_oftener_than_they_may(text
     of = federation(text, rule)
     promise = of.plan.privacy
     assert promise is not None
-    accounted = promise.spent({promise.event(): 1})
+    accounted = promise.of_a_round
     runs = [found(of, seed, 60) for seed in range(12)]
     over = sum(bound(run, 0.95) > accounted for run in runs)
     assert stats.binomtest(over, len(runs), 0.05, alternative="greater").pvalue > 1e-3, f"{over} of {len(runs)}"
@@ -63,7 +63,7 @@ def test_the_bound_comes_near_what_is_accounted_for() -> None:
     of = federation("central(norm=0.5, noise=1.0)")
     promise = of.plan.privacy
     assert promise is not None
-    assert bound(found(of, 3, 800), 0.95) > 0.5 * promise.spent({promise.event(): 1})
+    assert bound(found(of, 3, 800), 0.95) > 0.5 * promise.of_a_round
 
 
 def _half(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_mechanism_that_is_broken_is_found(fault: Any, monkeypatch: pytest.Mon
     of = federation("central(norm=0.5, noise=3.0)")
     promise = of.plan.privacy
     assert promise is not None
-    accounted = promise.spent({promise.event(): 1})
+    accounted = promise.of_a_round
     fault(monkeypatch)
     state = ServerState(of.theta())
     clients, rows = mechanism.honest(of, state, Key(1))

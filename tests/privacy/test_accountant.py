@@ -110,10 +110,10 @@ def test_what_is_solved_for_is_within_the_target_and_close_to_it(target: float, 
 
 def test_how_often_an_event_may_happen() -> None:
     event = Poisson(0.05, 1.0)
-    count = most(lambda n: {event: n}, 3.0, 1e-5, "pld", 1000)
+    count = most(lambda n: epsilon({event: n}, 1e-5), 3.0, 1000)
     assert epsilon({event: count}, 1e-5) <= 3.0 < epsilon({event: count + 1}, 1e-5)
-    assert most(lambda n: {Uses(0.01): n}, 1.0, 1e-5, "pld", 50) == 0
-    assert most(lambda n: {Uses(1000.0): n}, 1.0, 1e-5, "pld", 50) == 50
+    assert most(lambda n: epsilon({Uses(0.01): n}, 1e-5), 1.0, 50) == 0
+    assert most(lambda n: epsilon({Uses(1000.0): n}, 1e-5), 1.0, 50) == 50
 
 
 def test_nothing_spent_is_zero_and_no_noise_is_no_bound() -> None:

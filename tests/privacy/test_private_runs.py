@@ -158,7 +158,7 @@ def test_only_sampling_that_really_happens_counts(changes: dict[str, Any], sampl
     privacy = Federation.of(job(**changes)).plan.privacy
     assert privacy is not None
     assert (privacy.sampling, privacy.uses) == (sampling, uses)
-    assert privacy.spent(privacy.planned()) <= 8.0
+    assert privacy.planned() <= 8.0
 
 
 # -- what is spent

@@ -39,7 +39,7 @@ def test_each_examples_rounds_are_counted_by_its_clients(tmp_path: Path) -> None
     plan = Federation.of(done.job).plan
     assert plan.privacy is not None
     least = min(row["num_examples"] for row in done.updates)
-    assert plan.privacy.local == Poisson(20 / least, 1.0, -(-least // 20))
+    assert plan.privacy.steps == (Poisson(20 / least, 1.0, -(-least // 20)),)
     event = plan.privacy.event()
     assert (event.noise, plan.privacy.uses) == (plan.privacy.noise, 2)
     spent = [row["epsilon"] for row in done.rounds]

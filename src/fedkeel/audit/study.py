@@ -246,7 +246,7 @@ class _Study:
             "clients": len(clients),
             "norm": norm,
             "delta": delta,
-            **({"of_a_round": privacy.spent({privacy.event(): 1})} if privacy else {}),
+            **({"of_a_round": privacy.of_a_round} if privacy else {}),
             "trials": many._asdict() | {"bounds": [b._asdict() for b in many.bounds]},
             "one_run": one._asdict() | {"bounds": [b._asdict() for b in one.bounds]},
         }
@@ -290,8 +290,7 @@ def _written(run: Run, settings: Settings, folder: Path, done: dict[str, dict[st
     from fedkeel import __version__
     from fedkeel.ship.audited import write
 
-    epsilons = [row["epsilon"] for row in run.rounds if row["epsilon"] is not None]
-    accounted = max(epsilons) if epsilons else None
+    accounted = run.epsilon
     lower = lower_bounds(done, gaussian=accounted is not None)
     alone = done.get("canaries", {}).get("of_a_round", accounted)
     passed, verdict = judgement(alone, lower, settings.delta or run.job.privacy.delta)

@@ -332,6 +332,8 @@ class Driver:
             if given:
                 left.extend(self._give(given))
                 continue
+            if isinstance(left[0], orders.Evaluate) and len(left) > 1 and isinstance(left[1], orders.Record):
+                left[0], left[1] = left[1], left[0]  # what a round cost is written down before its model leaves
             command = left.popleft()
             started = time.perf_counter()
             match command:
@@ -399,6 +401,8 @@ class Driver:
         started = time.perf_counter()
         there = [order for order in given if order.client in self._seats]
         self._present.given()
+        if there:
+            self._record.given(there[0].round, [order.client for order in there])
         self._nodes.send(there, self._based(), self._seats, self.server.way_down)
         self._spent("send", started)
         for order in there:

@@ -47,10 +47,13 @@ class Order(NamedTuple):
 
 def agreement(federation: Federation) -> dict[str, str]:
     """What server and client must have alike, so that an update means the same to both; a text or digest of each."""
-    job = federation.job.model_dump(mode="json")
+    job, promised = federation.job.model_dump(mode="json"), federation.plan.privacy
     found = {"fedkeel": fedkeel.__version__, "layout": federation.layout.digest, "seed": str(job["seed"])}
     for section in ("train", "model", "client"):
         found |= {f"{section}.{key}": str(value)[:80] for key, value in job[section].items()}
+    found |= {f"privacy.{key}": str(value)[:80] for key, value in job["privacy"].items()}
+    if promised is not None:  # what it comes to depends on the rounds, the cohort and the selector as well
+        found["privacy: noise"] = f"{promised.noise:.6g} in at most {promised.most_uses} rounds"
     found |= {f"secagg.{key}": str(job["secagg"][key]) for key in ("size", "norm")}
     found |= {f"server.{key}": str(job["server"][key]) for key in ("codec", "zstd")}
     for key in _OF_THE_HOST:
@@ -137,7 +140,10 @@ def _vector(array: Array, columns: int) -> Tensor:
         raise DecodeError(
             f"an array of {len(array.data)} bytes, as '{array.stype[:40]}', is not one of {columns} columns"
         )
-    return torch.from_numpy(np.frombuffer(array.data, "<f4").astype(np.float32))
+    vector = torch.from_numpy(np.frombuffer(array.data, "<f4").astype(np.float32))
+    if not bool(vector.isfinite().all()):
+        raise DecodeError("an array has values that are no numbers")
+    return vector
 
 
 def update_content(envelope: bytes) -> RecordDict:

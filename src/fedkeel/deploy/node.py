@@ -25,6 +25,7 @@ from fedkeel.world.clients import Base, Clients
 from fedkeel.world.evaluation import asked_of_clients, own
 
 _log = logging.getLogger("fedkeel")
+_FAILED = "its training failed, and why is for its own log: the reason may tell of its data"
 _BASE, _VERSION, _BEFORE = "down/theta", "down/version", "before/"
 
 
@@ -96,6 +97,8 @@ class Node:
                 step = torch.empty_like(theta)
                 codec.decode(wire.unpacked(packed, bool(plan.down_zstd), limit), step)
                 theta = theta + step
+            if not bool(theta.isfinite().all()):
+                raise DecodeError("the way to the model leads to values that are no numbers")
         if plan.down is not None:
             self._memory.keep(self._client, {_BASE: theta, _VERSION: torch.tensor(train.version)})
         return Base(theta, order.control)
@@ -106,6 +109,10 @@ class Node:
         made = next(self._clients.train([order.train], base))
         if made.claims is None:
             self._keep()
+            privacy = self.federation.plan.privacy
+            if privacy is not None and not privacy.central:
+                _log.warning("training failed: %s", made.failure)
+                raise ValueError(_FAILED)
             raise ValueError(made.failure)
         envelope = self._clients.seal(made, made.claims, base)
         self._keep()

@@ -19,12 +19,15 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from fedkeel.core.errors import InputError, needs_extra
 
 Method = Literal["pld", "rdp"]
 _MOST = 1e6  # noise multipliers that are looked at
 _LEAST = 1e-3
 _CLOSE = 1e-3  # to a target, relative
+_TINY = 1e-12  # a delta below which privacy loss distributions, cut off at their ends, tell no epsilon
 
 
 class Poisson(NamedTuple):
@@ -70,7 +73,13 @@ def epsilon(events: Events, delta: float, method: Method = "pld") -> float:
         return _gaussian(_together({event.noise: count for event, count in events.items()}), delta)
     if kinds == {Fixed} or method == "rdp":
         return _by_rdp(events, delta)
-    return float(_composed(tuple(sorted(events.items(), key=repr))).get_epsilon_for_delta(delta))
+    try:
+        return float(_composed(tuple(sorted(events.items(), key=repr))).get_epsilon_for_delta(delta))
+    except MemoryError:
+        raise InputError(
+            f"privacy.accountant = 'pld' needs more memory than there is for {sum(events.values())} events as "
+            f"{max(events, key=events.__getitem__)}: write 'rdp'"
+        ) from None
 
 
 def solve(events: Callable[[float], Events], target: float, delta: float, method: Method = "pld") -> float:
@@ -85,7 +94,11 @@ def solve(events: Callable[[float], Events], target: float, delta: float, method
     while over(high) > 0:
         low, high = high, 2 * high
         if high > _MOST:
-            raise InputError(f"privacy.epsilon = {target:g} can not be kept with any noise: raise it, or privacy.delta")
+            other = ", or write privacy.accountant = 'rdp'" if method == "pld" and delta < _TINY else ""
+            raise InputError(
+                f"privacy.epsilon = {target:g} can not be kept with any noise at privacy.delta = {delta:g}: raise one "
+                f"of them{other}"
+            )
     while low == high or over(low) <= 0:
         high, low = low, low / 2
         if low < _LEAST:
@@ -102,12 +115,12 @@ def solve(events: Callable[[float], Events], target: float, delta: float, method
     return high
 
 
-def most(events: Callable[[int], Events], target: float, delta: float, method: Method, limit: int) -> int:
-    """How many times over events, by that number, stay within a target epsilon; at most `limit`."""
+def most(spent: Callable[[int], float], target: float, limit: int) -> int:
+    """How many rounds stay within a target epsilon, at most `limit`; `spent` is what so many come to."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if epsilon(events(middle), delta, method) <= target else (low, middle - 1)
+        low, high = (middle, high) if spent(middle) <= target else (low, middle - 1)
     return low
 
 
@@ -120,7 +133,8 @@ def _together(noises: Mapping[float, int]) -> float:
 def _gaussian(noise: float, delta: float) -> float:
     with needs_extra("privacy", "privacy accounting"):
         from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
-    return float(get_epsilon_gaussian(noise, delta))
+    with np.errstate(divide="ignore"):  # it looks at epsilons that are far too small, where the delta is 0
+        return float(get_epsilon_gaussian(noise, delta))
 
 
 def _by_rdp(events: Events, delta: float) -> float:

@@ -93,6 +93,7 @@ class Done:
 
 
 _LARGE = 3e38
+_MOST_SHORT = 1000  # times that too few are free for the privacy budget, after which it counts as spent
 MOST_STRETCH = 64.0
 """The most that an interval rule lengthens or shortens a client's work by."""
 Command = Train | Cancel | Sum | Record | Evaluate | Checkpoint | Wait | Done
@@ -152,6 +153,7 @@ class Coordinator:
         self._over = False
         self._summing: bool | None = None  # while sums are awaited: whether the round is the last
         self._nobody = False  # was drawn, where each client is drawn by itself
+        self._short = 0  # times in a row that too few were free for the budget
         self._spent = server.account is not None and server.account.spent(self.roster.names)
 
     def start(self, now: float) -> list[Command]:
@@ -241,7 +243,7 @@ class Coordinator:
             elif decision.start:
                 given = self._give(decision.start, decision.wake, now)
                 commands += given
-                if given:
+                if given or self._spent:
                     continue
                 if self._nobody:
                     commands += self._close(now, None)
@@ -286,10 +288,15 @@ class Coordinator:
         free = self._free(now)
         if not len(free):
             return []
+        drawn = "poisson" in self.plan.select.definition.traits
+        if self.server.account is not None and not self.server.account.affords(len(free), min(count, len(free))):
+            self._short += 1  # of so few each is seen more clearly: others may come, but not for ever
+            self._spent = self._short >= _MOST_SHORT
+            return []
+        self._short = 0
         state = self.server.state
         number = state.round + 1
         commands: list[Command] = []
-        drawn = "poisson" in self.plan.select.definition.traits
         chosen = self._chosen(free, count if drawn else min(count, len(free)), number)
         self._nobody = drawn and not chosen
         if self.server.account is not None:

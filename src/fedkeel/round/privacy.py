@@ -19,6 +19,8 @@ from fedkeel.kernels import distance
 from fedkeel.round import accountant
 from fedkeel.round.accountant import Event, Fixed, Method, Poisson, Uses
 
+LEAST_NORM, MOST_NORM = 1e-9, 1e9
+"""Between which an adaptive norm moves, as those that a job may write."""
 NORM = "privacy/norm"
 """Under what name clients are sent the norm that holds in this round."""
 WITHIN = "within_norm"
@@ -57,9 +59,10 @@ class Privacy:
     client is planned to take part in, where that is what is counted, `limit` what the job bounds them by. `epsilon` is
     the budget, None: what is spent is told, and no more. `cohort` updates a round are planned, of `population` clients.
     `secret` is None for noise from the operating system's generator; with a key of the run's nothing is private.
-    `local` is what a round costs an example of a client that takes part in it, where steps add the noise; `beside` what
-    clients tell beside their updates. `masked`: a client that is not there may cost others their place in a
-    sum, so that neighbours differ in what it sends, not in whether it is there.
+    `steps` is what a round costs an example of a client that takes part in it, where steps add the noise, with each of
+    the clients for which that may be most; `beside` what clients tell beside their updates. `masked`: a client that is
+    not there may cost others their place in a sum, so that neighbours differ in what it sends, not in whether it is
+    there.
     """
 
     mechanism: Mechanism
@@ -73,7 +76,7 @@ class Privacy:
     method: Method = "pld"
     secret: Key | None = None
     limit: int | None = None
-    local: Poisson | None = None
+    steps: tuple[Poisson, ...] = ()
     beside: Beside = Beside()
     masked: bool = False
 
@@ -92,19 +95,31 @@ class Privacy:
         """What a round costs, of so many clients chosen among so many who were there; by default as planned."""
         if self.sampling == "poisson":
             return Poisson(self.cohort / self.population, self.noise)
-        if self.local is not None:
-            return self.local._replace(noise=self.noise)
+        if self.steps:
+            return self.steps[0]._replace(noise=self.noise)
         if self.sampling == "fixed":
             return Fixed(among or self.population, chosen or self.cohort, self.noise)
         return Uses(self.noise if self.central else self.noise / 2)
 
-    def planned(self) -> dict[Event, int]:
-        """What the whole run costs, if every round is as planned."""
-        return self.of_uses(self.uses) if self.by_client else {self.event(): self.rounds}
+    def planned(self) -> float:
+        """Epsilon of the whole run, if every round is as planned."""
+        return self.after(self.uses) if self.by_client else self.spent({self.event(): self.rounds})
 
-    def of_uses(self, count: int) -> dict[Event, int]:
-        """What so many rounds cost a client that takes part in them."""
-        found = {self.event(): count}
+    @property
+    def of_a_round(self) -> float:
+        """Epsilon of a single round as planned."""
+        return self.after(1) if self.by_client else self.spent({self.event(): 1})
+
+    def after(self, uses: int) -> float:
+        """Epsilon of a client that took part in so many rounds: of the one for which it is most."""
+        return max(self.spent(self._of_uses(event, uses)) for event in self._events())
+
+    def _events(self) -> list[Event]:
+        """What a round costs, with each of the clients for which that may be most."""
+        return [event._replace(noise=self.noise) for event in self.steps] or [self.event()]
+
+    def _of_uses(self, event: Event, count: int) -> dict[Event, int]:
+        found = {event: count}
         if self.beside.names:
             told = Uses(self.beside.noise)
             found[told] = found.get(told, 0) + count
@@ -132,8 +147,7 @@ class Privacy:
         """How many rounds a client may take part in; None where nothing bounds it, or rounds of all are counted."""
         if not self.by_client or self.epsilon is None:
             return self.limit
-        left = self.epsilon - self.beside.labels
-        return accountant.most(self.of_uses, left, self.delta, self.method, self.limit or self.rounds)
+        return accountant.most(self.after, self.epsilon, self.limit or self.rounds)
 
     def spent(self, events: Mapping[Event, int]) -> float:
         """Epsilon of what has happened; that of labels is pure, and adds to any other."""
@@ -157,9 +171,8 @@ class Privacy:
             "client's data",
             "uses": f"each client's rounds, at most {self.most_uses or self.rounds} of {self.rounds}; neighbours "
             f"differ {of_one}",
-            "steps": f"Poisson sampling of the examples of a client, with the fewest at a rate of "
-            f"{self.local.rate if self.local else 1:.4g}, in at most {self.most_uses or self.rounds} of {self.rounds} "
-            "rounds; neighbours differ by one example",
+            "steps": "Poisson sampling of the examples of a client, the one for which most is spent, in at most "
+            f"{self.most_uses or self.rounds} of {self.rounds} rounds; neighbours differ by one example",
         }
         by = {"pld": "privacy loss distributions", "rdp": "Renyi divergences"}[self.method]
         exact = "the exact bound for Gaussian noise"
@@ -193,10 +206,18 @@ class Privacy:
 def _solved(privacy: Privacy) -> float:
     assert privacy.epsilon is not None
 
-    def events(noise: float) -> dict[Event, int]:
-        return replace(privacy, mechanism=replace(privacy.mechanism, noise=noise)).planned()
+    left = privacy.epsilon - privacy.beside.labels
 
-    return accountant.solve(events, privacy.epsilon - privacy.beside.labels, privacy.delta, privacy.method)
+    def needed(place: int) -> float:
+        def events(noise: float) -> dict[Event, int]:
+            tried = replace(privacy, mechanism=replace(privacy.mechanism, noise=noise))
+            if not tried.by_client:
+                return {tried.event(): tried.rounds}
+            return tried._of_uses(tried._events()[place], tried.uses)
+
+        return accountant.solve(events, left, privacy.delta, privacy.method)
+
+    return max(needed(place) for place in range(max(1, len(privacy.steps))))
 
 
 class Account:
@@ -247,25 +268,31 @@ class Account:
     @property
     def epsilon(self) -> float:
         """What is spent."""
-        return self.privacy.spent(self._spending())
+        if self.privacy.by_client:
+            return self.privacy.after(max(self._uses.values(), default=0))
+        return self.privacy.spent(self._events)
+
+    def affords(self, among: int, chosen: int) -> bool:
+        """Whether the budget allows a round of so many clients, chosen among so many who are free."""
+        if self.privacy.epsilon is None or self.privacy.sampling != "fixed" or not chosen:
+            return True
+        return self._with(self.privacy.event(among, chosen)) <= self.privacy.epsilon
+
+    def _with(self, event: Event) -> float:
+        """What is spent once an event is counted."""
+        return self.privacy.spent({**self._events, event: self._events.get(event, 0) + 1})
 
     def spent(self, clients: Sequence[str]) -> bool:
         """Whether the budget leaves no further round: of all, or of every one of the clients."""
         if self.privacy.epsilon is None or self.privacy.by_client:
             return len(self.used_up) >= len(clients)
-        more = self._spending()
-        more[self.privacy.event()] = more.get(self.privacy.event(), 0) + 1
-        return self.privacy.spent(more) > self.privacy.epsilon
+        return self._with(self.privacy.event()) > self.privacy.epsilon
 
     @property
     def used_up(self) -> set[str]:
         """Who has taken part in as many rounds as a client may."""
         most = self.privacy.most_uses
         return set() if most is None else {client for client, uses in self._uses.items() if uses >= most}
-
-    def _spending(self) -> dict[Event, int]:
-        found = dict(self._events)
-        return found | self.privacy.of_uses(max(self._uses.values())) if self._uses else found
 
 
 def _read(text: str) -> Event:
@@ -308,7 +335,7 @@ class Noiser:
     def add(self, row: Tensor, weight: float, claims: Claims) -> None:
         """Add a finite row (P,), of parameters alone."""
         length = math.sqrt(distance.sq_norm(row))
-        factor = weight * min(1.0, self.norm * _SHAVED / length) if length else 0.0
+        factor = min(max(weight, 0.0), 1.0) * min(1.0, self.norm * _SHAVED / length) if length else 0.0
         whole = cut(row.to(torch.float64) * factor, unit_of(self.norm))
         self.add_sum(whole, [claims])
 
@@ -329,7 +356,8 @@ class Noiser:
         kept = dict(self._kept)
         if mechanism.quantile is not None:
             share, noise = self._share(divisor, noise, source)
-            kept["norm"] = torch.tensor(norm * math.exp(-mechanism.rate * (share - mechanism.quantile)))
+            moved = norm * math.exp(-mechanism.rate * (share - mechanism.quantile))
+            kept["norm"] = torch.tensor(min(max(moved, LEAST_NORM), MOST_NORM))
         unit = unit_of(norm)
         drawn = source.normals(columns).mul_(noise * norm)
         if mechanism.bands > 1:

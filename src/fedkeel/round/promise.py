@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Literal
@@ -10,10 +11,14 @@ from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.core.layout import Layout
 from fedkeel.core.types import ExampleNoise, Mechanism
+from fedkeel.core.work import LocalWork
 from fedkeel.round import accountant
 from fedkeel.round.accountant import Method, Poisson
 from fedkeel.round.plan import Plan
 from fedkeel.round.privacy import Beside, Privacy
+
+_FALLING = 4
+"""Kinds of clients in a row that cost less than one before, after which no more are looked at."""
 
 
 def promised(
@@ -72,17 +77,14 @@ def promised(
             f"{privacy.beside.labels:.3g}: raise client.label_noise, or the budget"
         )
     if mechanism.place == "step":
-        privacy = replace(privacy, local=_worst(privacy, plan, least))
-    if mechanism.noise is None:
-        if epsilon is None:
-            raise InputError(
-                "privacy.mechanism says no noise: set privacy.epsilon, as 8.0, and as little as that allows is added"
-            )
+        privacy = _with_steps(privacy, plan, least)
+    elif mechanism.noise is None:
+        _check_budget(epsilon)
         privacy = privacy.solved()
-    elif epsilon is not None and privacy.spent(privacy.planned()) > epsilon:
+    if mechanism.noise is not None and epsilon is not None and (planned := privacy.planned()) > epsilon:
         raise InputError(
             f"privacy.epsilon = {epsilon:g} does not last for {rounds} rounds with noise = {mechanism.noise:g}, which "
-            f"come to {privacy.spent(privacy.planned()):.3g}: leave out noise, lower rounds, or raise it"
+            f"come to {planned:.3g}: leave out noise, lower rounds, or raise it"
         )
     if mechanism.quantile is not None and plan.rows / 10 <= privacy.noise:
         raise InputError(
@@ -96,16 +98,23 @@ def promised(
     return replace(plan, privacy=privacy)
 
 
-def _worst(privacy: Privacy, plan: Plan, least: int | None) -> Poisson:
-    """What a round costs an example, with the client for which that is most; its noise is yet to be known.
+def _check_budget(epsilon: float | None) -> None:
+    if epsilon is None:
+        raise InputError(
+            "privacy.mechanism says no noise: set privacy.epsilon, as 8.0, and as little as that allows is added"
+        )
 
-    Fewer examples are drawn at a higher rate. Steps go up by one past each multiple of the batch size: the client with
-    the fewest examples, or the first beyond a multiple.
+
+def _with_steps(privacy: Privacy, plan: Plan, least: int | None) -> Privacy:
+    """What a round costs an example, with the clients for which that is most, and the noise where it is solved for.
+
+    Which clients those are depends on the noise, and on the number of rounds; so they are looked for at the noise that
+    was solved for those that were found, until there are no others.
     """
     work = plan.work
     if work is None or least is None:
         raise InputError(
-            "privacy.mechanism adds noise to steps, and what that hides depends on how few examples a client has: set "
+            "privacy.mechanism adds noise to steps, and what that hides depends on how many examples clients have: set "
             "privacy.least_examples"
         )
     if "static" not in work.stopping.definition.traits or "speed" in work.stopping.definition.traits:
@@ -113,12 +122,37 @@ def _worst(privacy: Privacy, plan: Plan, least: int | None) -> Poisson:
             f"train.stopping = '{work.stopping!r}' tells only later how many steps a client takes, and "
             "privacy.mechanism has to know before: write epochs or steps"
         )
+    known: tuple[Poisson, ...] = ()
+    given, found = privacy.mechanism.noise, privacy
+    if given is None:
+        _check_budget(privacy.epsilon)
+        found = replace(privacy, mechanism=replace(privacy.mechanism, noise=1.0))
+    while True:
+        worst = {_worst(found, work, least, uses) for uses in (1, privacy.uses)} - set(known)
+        if not worst:
+            return found
+        known += tuple(sorted(worst))
+        found = replace(privacy, steps=known)
+        found = found if given is not None else found.solved()
+
+
+def _worst(privacy: Privacy, work: LocalWork, least: int, uses: int) -> Poisson:
+    """What a round costs an example of the client for which so many rounds cost most.
+
+    Fewer examples are drawn at a higher rate, and steps go up by one past each multiple of the batch size: so it is one
+    with the fewest examples, or with one more than a multiple. With noise enough it is the first of those; with little
+    a later one, until cost falls.
+    """
     size = work.batch_size
-    counts = [least, -(-least // size) * size + 1]
-    events = [Poisson(min(1.0, size / n), 1.0, int(work.stopping(n, size, []))) for n in counts]
-    noise = privacy.mechanism.noise or 1.0
-    spent = {e: accountant.epsilon({e._replace(noise=noise): privacy.uses}, privacy.delta, "rdp") for e in events}
-    return max(events, key=spent.__getitem__)
+    top, worst, since = -math.inf, Poisson(1.0, 1.0), 0
+    for n in itertools.chain([least], itertools.count(-(-least // size) * size + 1, size)):
+        event = Poisson(min(1.0, size / n), 1.0, int(work.stopping(n, size, [])))
+        spent = accountant.epsilon({event._replace(noise=privacy.noise): uses}, privacy.delta, privacy.method)
+        since = 0 if spent > top else since + 1
+        top, worst = max((top, worst), (spent, event))
+        if since == _FALLING:
+            return worst
+    raise AssertionError("unreachable")
 
 
 def check_layout(plan: Plan, layout: Layout) -> None:

@@ -37,7 +37,8 @@ def protect(
 ) -> tuple[Tensor, list[Claims]]:
     """Rows (n, P) and claims as the plan's mechanism lets them leave: clipped, noised where the noise is the client's.
 
-    Row i depends on row i, claim i and key i alone. Rows that are not finite stay so, for the check at the door.
+    Row i depends on row i, claim i and key i alone. A row that is not finite stays so, for the check at the door; where
+    the noise is the client's it is as a row of zeros, as the server is not trusted to look at it.
     """
     privacy = plan.privacy
     if privacy is None:
@@ -55,7 +56,10 @@ def protect(
     for i, (row, key) in enumerate(zip(out, keys, strict=True)):
         length = math.sqrt(distance.sq_norm(row))
         if not math.isfinite(length):
-            continue
+            if mechanism.place != "client":
+                continue
+            row.zero_()
+            length = 0.0
         if mechanism.quantile is not None:
             told[i] = replace(told[i], metrics={**told[i].metrics, WITHIN: float(length <= norm)})
         if length > norm * _SHAVED:

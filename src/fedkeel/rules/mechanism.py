@@ -13,7 +13,7 @@ from pydantic import Field
 from fedkeel.core.registry import rule
 from fedkeel.core.types import Mechanism
 
-Norm = Annotated[float, Field(gt=0, le=1e9)]
+Norm = Annotated[float, Field(ge=1e-9, le=1e9)]
 Multiplier = Annotated[float, Field(gt=0, le=1e6)] | None
 
 

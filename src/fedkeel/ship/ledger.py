@@ -147,7 +147,18 @@ class Ledger:
             self._db.execute("PRAGMA synchronous = FULL")  # what was spent is known after a power cut too
         with self.transaction():
             self._db.execute("INSERT INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?,?)", line)
+            self._db.execute("DELETE FROM redone WHERE round = ?", (-report.round,))
             self.write_updates(report.round, report.clients, hostile)
+
+    def write_given(self, round: int, clients: Sequence[str]) -> None:
+        """Clients were given work in an open round, whose noise is their own: it costs them, whatever becomes of it.
+
+        `write_round` says so for good; where it never comes to that, `redone` tells it.
+        """
+        self._db.execute("PRAGMA synchronous = FULL")
+        charge = _json({"events": {}, "uses": dict.fromkeys(clients, 1)})
+        with self.transaction():
+            self._db.execute("INSERT INTO redone(round, charge) VALUES (?, ?)", (-round, charge))
 
     def write_updates(self, round: int, clients: Sequence[ClientRow], hostile: set[str] | None = None) -> None:
         """Write lines of a round: with it, or after it, of what came when it was closed."""
@@ -194,6 +205,7 @@ class Ledger:
                 "SELECT round, charge FROM rounds WHERE round > ? AND charge IS NOT NULL ORDER BY round",
                 (round,),
             )
+            self._db.execute("UPDATE redone SET round = -round WHERE round < 0")  # of a round that was open
             self._db.execute("DELETE FROM rounds WHERE round > ?", (round,))
             self._db.execute("DELETE FROM metrics WHERE round > ?", (round,))
 

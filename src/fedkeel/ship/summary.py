@@ -180,7 +180,7 @@ def load(path: Path | str, label: str | None = None) -> Run:
             bytes_down=int(span["down"]),
             seconds=_seconds(ledger, first, step),
             parts=_parts(ledger),
-            epsilon=span["epsilon"],
+            epsilon=max((e for e in (span["epsilon"], meta.get("epsilon")) if e is not None), default=None),
             spent=thin(
                 [Point(row["round"], row["epsilon"]) for row in ledger.query(_SPENT)],
                 POINTS,

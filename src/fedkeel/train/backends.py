@@ -20,7 +20,7 @@ from fedkeel.train.ghost import RecordedGradients
 from fedkeel.train.loop import LoopStep
 from fedkeel.train.native import NativeStep
 from fedkeel.train.pool import RAISED, InProcess, Pool, can_fork
-from fedkeel.train.private import OneByOne, PrivateClient, PrivateStep, check_module
+from fedkeel.train.private import SHAVED, OneByOne, PrivateClient, PrivateStep, check_module
 from fedkeel.train.rows import Rows
 from fedkeel.train.traced import TracedStep
 
@@ -168,10 +168,11 @@ def _noised_step(
     backend: str, module: nn.Module, layout: Layout, data: ClientData, work: LocalWork, given: ExampleNoise
 ) -> PrivateStep:
     loop = LoopStep(module, layout, data, work)
+    norm = given.norm * SHAVED
     if backend == "loop":
-        return PrivateStep(loop, OneByOne(loop, given.norm), given)
+        return PrivateStep(loop, OneByOne(loop, norm), given)
     kind = NativeGradients if backend == "native" else RecordedGradients
-    return PrivateStep(loop, kind(module, layout, data, work, loop.vector, given.norm), given)
+    return PrivateStep(loop, kind(module, layout, data, work, loop.vector, norm), given)
 
 
 def _step(

@@ -1,9 +1,9 @@
-"""Examples' gradients all at once, recorded: their norms and their clipped sum, mostly without a gradient each.
+"""Examples' gradients all at once, recorded: their norms and their clipped sum, if it can be without a gradient each.
 
 A layer that multiplies by its weights has the gradient d^T a, a (T, K) being what it is given and d (T, O) the gradient
-of its output. For T = 1 its norm is |a| |d| (Goodfellow 2015), for small T it follows from two Gram matrices (Li et al.
-2021, Bu et al. 2022): "ghost" norms. The clipped sum is then one product for all examples. Whatever else has parameters
-gets a gradient an example. The module runs under `vmap`, so examples can not mix.
+of its output. For T = 1 its norm is |a| |d| (Goodfellow 2015), a "ghost" norm, and the clipped sum is one product for
+all examples. Whatever else has parameters gets a gradient an example. The module runs under `vmap`, so examples can not
+mix.
 """
 
 from __future__ import annotations
@@ -224,26 +224,25 @@ class _Each:
         torch.mm(factors[None], self.g, out=out.view(1, -1))
 
 
-class _Ghosts:
-    """d^T a of each example: a (b, T, K), d (b, T, O)."""
+class _Product:
+    """d^T a of each example, for a (b, K) and d (b, O): its norm is |a| |d| (Goodfellow 2015)."""
 
     def __init__(self, a: Tensor, d: Tensor) -> None:
         self.a, self.d = a, d
 
     def squares(self) -> Tensor:
-        if self.a.shape[1] == 1:
-            return (_sizes(self.a.squeeze(1)) * _sizes(self.d.squeeze(1))).square()
-        grams = [torch.bmm(t, t.transpose(1, 2)) for t in (self.a, self.d)]
-        return (grams[0] * grams[1]).sum((1, 2)).clamp(min=0)  # rounding may take it below
+        return (_sizes(self.a) * _sizes(self.d)).square()
 
     def add_up(self, factors: Tensor, out: Tensor) -> None:
-        scaled = (self.d * factors[:, None, None]).reshape(-1, self.d.shape[-1])
-        torch.mm(scaled.t(), self.a.reshape(-1, self.a.shape[-1]), out=out.view(self.d.shape[-1], -1))
+        torch.mm((self.d * factors[:, None]).t(), self.a, out=out.view(self.d.shape[1], -1))
 
 
 def _product(a: Tensor, d: Tensor) -> _Gradients:
-    """d^T a of each example, whichever way costs less: Gram matrices, or the gradients themselves (Bu et al. 2022)."""
-    places, wide, high = a.shape[1], a.shape[2], d.shape[2]
-    if places == 1 or 2 * places**2 <= wide * high:
-        return _Ghosts(a, d)
+    """d^T a of each example, for a (b, T, K) and d (b, T, O).
+
+    For T > 1 the gradients themselves: what Gram matrices tell of their norms (Li et al. 2021) is a small difference of
+    large numbers where places cancel, and what seems shorter than it is is not scaled down.
+    """
+    if a.shape[1] == 1:
+        return _Product(a.squeeze(1), d.squeeze(1))
     return _Each(torch.bmm(d.transpose(1, 2), a))

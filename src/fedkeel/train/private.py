@@ -20,11 +20,13 @@ from fedkeel.core.noise import Noise
 from fedkeel.core.registry import Rule
 from fedkeel.core.types import ExampleNoise
 from fedkeel.kernels.normal import add_noise
-from fedkeel.train.client import Client, Outcome, Step, Told, first_failure, seeded, steps_wanted, succeeded
+from fedkeel.train.client import Client, Outcome, Step, Told, seeded, steps_wanted, succeeded
 from fedkeel.train.contract import ClientData, Task
 from fedkeel.train.evaluate import evaluating
 from fedkeel.train.loop import LoopStep
 
+SHAVED = 1 - 2.0**-16
+"""Of the norm, to which gradients are scaled down: their own are right to about that, in float32."""
 _MOST = 0x7FFF_FFFF_FFFF_FFFF
 _BLOCK = 1 << 15  # columns at a time, whose noise stays in the cache
 _SIZES = 4  # of recorded batches, up to the size that is expected
@@ -80,15 +82,17 @@ class PrivateStep:
         self.loop.begin(told)
 
     def steps(self, rows: Tensor) -> Tensor:
-        """One step; the losses of those drawn (b,), or the norm in a loss's place where a gradient is not finite."""
+        """One step; the losses of those drawn with finite gradients. Others count as zero, and nobody hears of them."""
         assert self.noise is not None
         expected = min(self.loop.work.batch_size, len(rows))
         batch = rows[drawn(self.noise, len(rows), expected).to(rows.device)]
         losses = torch.empty(0, device=rows.device)
         if len(batch):
             total, norms, losses = self.clipped(batch)
+            if not bool(norms.isfinite().all()):
+                batch = batch[norms.isfinite()]
+                total, _, losses = self.clipped(batch) if len(batch) else (torch.zeros_like(total), norms, losses[:0])
             self.g.copy_(total)
-            losses = torch.where(norms.isfinite(), losses, norms)
         else:
             self.g.zero_()
         for part in torch.split(self.g, _BLOCK):
@@ -123,12 +127,10 @@ class PrivateClient(Client):
         step.noise = Noise(task.key.fold("example_noise") if step.given.reproducible else None)
         losses: list[float] = []
         wanted = steps_wanted(stopping, count, self.work.batch_size, [], task)
-        for number in range(wanted):
+        for _ in range(wanted):
             each = step.steps(rows)
-            if len(each):
+            if len(each := each[each.isfinite()]):
                 losses.append(float(each.mean()))
-                if failed := first_failure(losses[-1:], number):
-                    return failed, epoch
         outcome = succeeded(losses)._replace(steps=wanted, failure=None)
         if self.validation is not None:
             outcome = outcome._replace(first=checked[0], last=self._validated(task.client))

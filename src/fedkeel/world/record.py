@@ -15,7 +15,7 @@ from fedkeel.config import Job
 from fedkeel.core.errors import InputError
 from fedkeel.core.types import LOST, ClientMemory, RoundReport, ServerState
 from fedkeel.round.plan import Plan
-from fedkeel.round.privacy import KEPT, uncorrelated
+from fedkeel.round.privacy import KEPT, Account, uncorrelated
 from fedkeel.ship import card, checkpoint
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
@@ -81,16 +81,22 @@ class Record:
         checkpoint.save(self.directory.checkpoints, state, memory, extra, attached=attached, layout_digest=digest)
         checkpoint.prune(self.directory.checkpoints)
 
-    def _privacy(self) -> card.Privacy | None:
-        """What the model's card says of privacy, after the last round."""
+    def _privacy(self, state: ServerState) -> card.Privacy | None:
+        """What the model's card says of privacy: of all rounds, also of those that were done again and have no row."""
         promised = self.federation.plan.privacy
         if promised is None:
             return None
-        rounds = self.ledger.rounds()
-        spent = rounds[-1]["epsilon"] if rounds else 0.0
+        spent = Account(promised, state.privacy).epsilon
+        self.ledger.write_meta({"epsilon": spent})
         words = promised.in_words()
         counted = "; as well: ".join(words[key] for key in ("counts on", "counted as well") if key in words)
         return card.Privacy(spent, promised.delta, words["hides"], words["by"], counted, words["noise from"])
+
+    def given(self, round: int, clients: Sequence[str]) -> None:
+        """Clients are given work now: what they send, with noise of their own, leaves them before the round closes."""
+        privacy = self.federation.plan.privacy
+        if privacy is not None and not privacy.central and clients:
+            self.ledger.write_given(round, clients)
 
     def model(self, state: ServerState) -> None:
         """Write the final model, with its card."""
@@ -107,7 +113,7 @@ class Record:
             job=self.federation.job.name,
             rounds=state.round,
             recipe=repr(self.federation.plan),
-            privacy=self._privacy(),
+            privacy=self._privacy(state),
         )
 
 
@@ -141,6 +147,8 @@ def rewound(ledger: Ledger, state: ServerState) -> ServerState:
             counts.update(row["charge"][kind])
             privacy[kind] = dict(counts)
         privacy["redone"] = row["number"]
+        # Work that was out at the checkpoint was given before, and what came of it is released once more.
+        privacy["uses"] = dict(Counter(privacy["uses"]) + Counter(order.client for order in state.in_flight))
     if privacy["redone"] == state.privacy.get("redone", 0):
         return state
     return state.replace(privacy=privacy, kept={**state.kept, KEPT: uncorrelated(state.kept.get(KEPT, {}))})
