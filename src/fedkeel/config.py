@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from semver import Version
 
 from fedkeel.core.errors import InputError, nearest
 from fedkeel.core.registry import Rule, parse
-from fedkeel.core.semver import SEMVER
 
 Positive = Annotated[int, Field(ge=1)]
 DEFAULT_CHECKS = ("layout", "version", "claims", "duplicate", "replayed", "finite")
@@ -294,7 +294,7 @@ class Job(Section):
             super().__init__(**_tuples(values))
         except ValidationError as error:
             raise InputError(_sentence(error)) from None
-        if not SEMVER.fullmatch(self.model.version):
+        if not Version.is_valid(self.model.version):
             raise InputError(f"model.version = '{self.model.version}' is no semantic version: write it as '1.0.0'")
         if self.attack.clients > self.data.clients:
             raise InputError(

@@ -184,18 +184,19 @@ class TestCard:
         module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).to(torch.bfloat16))
         layout = Layout.of(module)
         theta = layout.flatten(module)[layout.shared]
-        inputs = card.Inputs((3,), "float32", "(x - 0) / 16")
-        made = card.write(
-            directory,
-            layout,
-            theta,
+        named = card.stored(layout, theta)
+        made = card.ModelCard(
             version=version,
-            inputs=inputs,
+            parameters=card.described(named),
+            layout_digest=layout.digest,
+            inputs=(card.Inputs(shape=(3,), dtype="float32", normalisation="(x - 0) / 16"),),
+            outputs=(card.Outputs(shape=(2,), dtype="float32"),),
             labels=("no", "yes"),
-            job="x",
-            rounds=5,
-            recipe="mean",
+            preprocessing="0" * 64,
+            network="mlp",
+            lineage=card.Lineage(job="x", rounds=5, recipe="mean", fingerprint=fingerprint(named)),
         )
+        card.write(directory, made, named)
         return module, made
 
     def test_the_model_comes_back_with_its_card(self, tmp_path):
@@ -217,7 +218,7 @@ class TestCard:
         assert list(json.loads(text)) == sorted(json.loads(text))
         with pytest.raises(InputError, match="changed after"):
             card.ModelCard.from_json(text.replace('"yes"', '"maybe"'))
-        for broken in ("", "[]", "{}", text[:-10], text.replace('"format": 2', '"format": 3')):
+        for broken in ("", "[]", "{}", text[:-10], text.replace('"format": 3', '"format": 4')):
             with pytest.raises(InputError):
                 card.ModelCard.from_json(broken)
 

@@ -232,6 +232,15 @@ class Ledger:
         query = f"SELECT * FROM metrics WHERE {where} ORDER BY round, scope, name"
         return self.query(query, *(value for _, value in wanted))
 
+    def latest(self, besides: str) -> dict[str, dict[str, float | None]]:
+        """Scope -> name -> value of the last round that was measured; without scopes that begin with `besides`."""
+        found: dict[str, dict[str, float | None]] = {}
+        rows = self.query("SELECT * FROM metrics WHERE round = (SELECT MAX(round) FROM metrics) ORDER BY scope, name")
+        for row in rows:
+            if not row["scope"].startswith(besides):
+                found.setdefault(row["scope"], {})[row["name"]] = row["value"]
+        return found
+
     def query(self, sql: str, *values: Any) -> list[Row]:
         """The rows of any SELECT, for readers that let SQLite aggregate. Raises `InputError` for a corrupt file."""
         try:

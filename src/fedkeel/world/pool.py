@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
+from fedkeel.ship.card import Feature
 from fedkeel.train.contract import ClientData, Prepare, Scale
 
 _KEY = Key.root(0)
@@ -26,7 +27,8 @@ class Pool:
     test_y (M, ...): int64 labels in 0..classes-1, or float32 targets when `classes` is 0 (regression). `group` (N,)
     int64 is each example's natural client, an index of `group_names`. `labels` names the classes. `ordered` says that
     the rows stand in the order of time and neighbours may overlap (windows of one recording): a holdout then takes
-    the last rows, not random ones.
+    the last rows, not random ones. `features` name the columns of a table, x (N, F): what the model card tells of them,
+    and what lets a client with other columns take part.
 
     Raises `InputError` for lengths that differ, an empty set, labels or groups out of range, non-finite floats.
     """
@@ -41,6 +43,7 @@ class Pool:
     group_names: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     ordered: bool = False
+    features: tuple[Feature, ...] = ()
 
     def __post_init__(self) -> None:
         if self.labels and len(self.labels) != self.classes:
@@ -56,6 +59,11 @@ class Pool:
             if self.group.shape != (len(self),):
                 raise InputError(f"data group has shape {tuple(self.group.shape)}: give one group per row, {len(self)}")
             _check_range("group", self.group, len(self.group_names), "group_names")
+        if self.features and self.x.shape[1:] != (len({feature.name for feature in self.features}),):
+            raise InputError(
+                f"data x has examples of shape {tuple(self.x.shape[1:])} and {len(self.features)} features: "
+                "name each column once"
+            )
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -78,12 +86,14 @@ class Pool:
         key: Key = _KEY,
         prepare: Prepare | None = None,
         labels: Sequence[str] = (),
+        features: Sequence[Feature | str] = (),
     ) -> Pool:
         """A pool of your own arrays (numpy, torch or nested lists), not copied where their type allows it.
 
         Integer y are labels 0..C-1, float y are targets of a regression. `group` (N,), numbers or names, is each
         row's natural client. Without a test set, a fraction of the rows becomes one: drawn by `key`, even over
         groups and labels. `prepare` defaults to float32 as it stands.
+        `features` name the columns of x (N, F).
         """
         x, y = _tensor("x", x), _tensor("y", y)
         ids, names = _groups(group)
@@ -101,7 +111,8 @@ class Pool:
         classes = 0
         if not y.is_floating_point() and y.numel() and test_y.numel():
             classes = len(labels) or int(max(y.max(), test_y.max())) + 1
-        return cls(x, y, test_x, test_y, classes, prepare or Scale(), ids, names, tuple(labels))
+        named = tuple(Feature(name=feature) if isinstance(feature, str) else feature for feature in features)
+        return cls(x, y, test_x, test_y, classes, prepare or Scale(), ids, names, tuple(labels), features=named)
 
     @classmethod
     def from_clients(
@@ -113,6 +124,7 @@ class Pool:
         key: Key = _KEY,
         prepare: Prepare | None = None,
         labels: Sequence[str] = (),
+        features: Sequence[Feature | str] = (),
     ) -> Pool:
         """A naturally partitioned pool: per client, named or in order, one (x, y) pair or one torch `Dataset` of pairs.
 
@@ -146,6 +158,7 @@ class Pool:
             key=key,
             prepare=prepare,
             labels=labels,
+            features=features,
         )
 
 

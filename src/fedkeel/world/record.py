@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +18,8 @@ from fedkeel.round.privacy import KEPT, Account, uncorrelated
 from fedkeel.ship import card, checkpoint
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
-from fedkeel.train import Prepare
-from fedkeel.world.evaluation import Figures, Value
+from fedkeel.world.carded import make_card
+from fedkeel.world.evaluation import CLIENT, Figures, Value
 from fedkeel.world.federation import Federation
 from fedkeel.world.pool import label_histogram
 
@@ -90,7 +89,14 @@ class Record:
         self.ledger.write_meta({"epsilon": spent})
         words = promised.in_words()
         counted = "; as well: ".join(words[key] for key in ("counts on", "counted as well") if key in words)
-        return card.Privacy(spent, promised.delta, words["hides"], words["by"], counted, words["noise from"])
+        return card.Privacy(
+            epsilon=spent,
+            delta=promised.delta,
+            hides=words["hides"],
+            by=words["by"],
+            counts_on=counted,
+            noise_from=words["noise from"],
+        )
 
     def given(self, round: int, clients: Sequence[str]) -> None:
         """Clients are given work now: what they send, with noise of their own, leaves them before the round closes."""
@@ -100,21 +106,8 @@ class Record:
 
     def model(self, state: ServerState) -> None:
         """Write the final model, with its card."""
-        pool = self.federation.pool
-        card.write(
-            self.directory.model,
-            self.federation.layout,
-            state.theta,
-            version=self.federation.job.model.version,
-            inputs=card.Inputs(
-                pool.inputs, str(pool.prepare(pool.x[:1]).dtype).removeprefix("torch."), _in_words(pool.prepare)
-            ),
-            labels=pool.labels,
-            job=self.federation.job.name,
-            rounds=state.round,
-            recipe=repr(self.federation.plan),
-            privacy=self._privacy(state),
-        )
+        made, named = make_card(self.federation, state, self.ledger.latest(besides=CLIENT), self._privacy(state))
+        card.write(self.directory.model, made, named)
 
 
 def kept(job: Job, texts: Mapping[str, str]) -> Job:
@@ -181,8 +174,3 @@ def described(federation: Federation, backend: str, settings: str) -> dict[str, 
         **({"insecure": True} if privacy and privacy.secret else {}),
         "settings": settings,
     }
-
-
-def _in_words(prepare: Prepare) -> str:
-    """What was done to the inputs, the same text in every process."""
-    return f"{prepare.__module__}.{prepare.__qualname__}" if isinstance(prepare, FunctionType) else repr(prepare)

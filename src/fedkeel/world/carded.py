@@ -1,0 +1,103 @@
+"""The card of a federation's model: what its job, its data and its rules say of it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from fedkeel.core.types import ServerState
+from fedkeel.ship import card, tensors
+from fedkeel.train import Prepare, Scale
+from fedkeel.world.federation import Federation
+from fedkeel.world.pool import Pool
+
+
+def make_card(
+    federation: Federation,
+    state: ServerState,
+    metrics: Mapping[str, Mapping[str, float | None]],
+    privacy: card.Privacy | None,
+) -> tuple[card.ModelCard, dict[str, Tensor]]:
+    """The card of the model in `state`, and its tensors. `metrics`: what was measured last, by scope."""
+    job, pool, layout = federation.job, federation.pool, federation.layout
+    named = card.stored(layout, state.theta)
+    lineage = card.Lineage(
+        job=job.name,
+        rounds=state.round,
+        recipe=repr(federation.plan),
+        fingerprint=tensors.fingerprint(named),
+        data=_data(federation),
+    )
+    made = card.ModelCard(
+        version=job.model.version,
+        parameters=card.described(named),
+        layout_digest=layout.digest,
+        inputs=(_inputs(pool),),
+        outputs=_outputs(federation),
+        labels=pool.labels,
+        preprocessing=hashlib.sha256(_in_full(pool.prepare).encode()).hexdigest(),
+        network=job.model.build,
+        lineage=lineage,
+        privacy=privacy,
+        metrics=metrics,
+    )
+    return made, named
+
+
+def _inputs(pool: Pool) -> card.Inputs:
+    example, low, high = pool.prepare(pool.x[:1]), None, None
+    if pool.x.dtype == torch.uint8 and isinstance(pool.prepare, Scale):
+        low, high = pool.prepare(torch.tensor([0, 255], dtype=torch.uint8)).sort().values.tolist()
+    return card.Inputs(
+        shape=tuple(example.shape[1:]),
+        dtype=_dtype(example),
+        normalisation=_in_words(pool.prepare),
+        low=low,
+        high=high,
+        features=pool.features,
+    )
+
+
+def _outputs(federation: Federation) -> tuple[card.Outputs, ...]:
+    """Found by trying; of a module that gives something else than a tensor nothing is said."""
+    pool, module = federation.pool, federation.module
+    was = module.training
+    with torch.no_grad():
+        given = module.eval()(pool.prepare(pool.x[:1]).repeat_interleave(2, 0))
+    module.train(was)
+    if not isinstance(given, Tensor):
+        return ()
+    return (card.Outputs(shape=tuple(given.shape[1:]), dtype=_dtype(given)),)
+
+
+def _data(federation: Federation) -> dict[str, str]:
+    """Fingerprints of what is here: a server on the network has the test set only."""
+    pool, data = federation.pool, federation.data
+    found = {"test": tensors.fingerprint({"x": pool.test_x, "y": pool.test_y})}
+    if len(data.y):
+        found["train"] = tensors.fingerprint({"x": data.x, "y": data.y})
+    return found
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _in_words(prepare: Prepare) -> str:
+    """What was done to the inputs, the same text in every process."""
+    return f"{prepare.__module__}.{prepare.__qualname__}" if isinstance(prepare, FunctionType) else repr(prepare)
+
+
+def _in_full(prepare: Prepare) -> str:
+    """What is digested: of a function its own text, where that can be had; of an object what it says it is."""
+    if not isinstance(prepare, FunctionType):
+        return repr(prepare)
+    try:
+        return inspect.getsource(prepare)
+    except (OSError, TypeError):
+        return _in_words(prepare)
