@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedkeel import deployment, live
+from fedkeel import deployment, live, versions
 
 if TYPE_CHECKING:
     from fedkeel.api import Run
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(deployment.app, name="deploy")
+app.add_typer(versions.app, name="model")
 app.command()(deployment.server)
 app.command()(deployment.client)
 app.command()(live.dashboard)

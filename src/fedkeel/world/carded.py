@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Mapping
 from types import FunctionType
 
@@ -41,7 +43,7 @@ def make_card(
         outputs=_outputs(federation),
         labels=pool.labels,
         preprocessing=hashlib.sha256(_in_full(pool.prepare).encode()).hexdigest(),
-        network=job.model.build,
+        network=repr(job.rule("model.build", "model")),
         lineage=lineage,
         privacy=privacy,
         metrics=metrics,
@@ -94,10 +96,14 @@ def _in_words(prepare: Prepare) -> str:
 
 
 def _in_full(prepare: Prepare) -> str:
-    """What is digested: of a function its own text, where that can be had; of an object what it says it is."""
+    """What is digested: of a function its code without comments and documentation; of an object what it says it is."""
     if not isinstance(prepare, FunctionType):
         return repr(prepare)
     try:
-        return inspect.getsource(prepare)
-    except (OSError, TypeError):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(prepare)))
+    except (OSError, TypeError, SyntaxError):  # typed in, or a lambda within a call
         return _in_words(prepare)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
