@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fedkeel.probing import Cell as Cell
     from fedkeel.probing import Probe as Probe
     from fedkeel.probing import probe as probe
+    from fedkeel.ship.card import Feature as Feature
     from fedkeel.world.pool import Pool as Pool
     from fedkeel.world.pool import Split as Split
     from fedkeel.world.record import Progress as Progress
@@ -70,6 +71,7 @@ _HOMES = {
     "fedkeel.core.roster": ("Candidates",),
     "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Local", "Refusal", "ServerState", "Update", "View"),
     "fedkeel.probing": ("Cell", "Probe", "probe"),
+    "fedkeel.ship.card": ("Feature",),
     "fedkeel.world.pool": ("Pool", "Split"),
     "fedkeel.world.record": ("Progress",),
 }

@@ -1,7 +1,8 @@
 """Run the fenced blocks of one Markdown page in order, in the current directory, as its reader would.
 
 `python -W error play.py PAGE.md`. Python blocks share one namespace; bash blocks run by themselves; a `text` block is
-what the block before it prints (`...` stands for anything); `toml` blocks are jobs. A block with `title="FILE"` is
+what the block before it prints (`...` stands for anything); `toml` blocks are jobs; of a
+`yaml` block, a workflow, the steps are run. A block with `title="FILE"` is
 that file, and is written, not run. A fence without a language is a drawing.
 """
 
@@ -16,6 +17,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 EXEMPT = ("git clone ", "cd fedkeel", "make ", "pip install ")
 """Lines of bash blocks that are not run: what a reader does once, on the way to an installed fedkeel."""
@@ -43,7 +46,7 @@ def blocks(page: Path) -> list[Block]:
     for fence in _FENCE.finditer(text):
         language, info, body = fence.groups()
         title = re.fullmatch(r'title="([\w.-]+)"', info)
-        if language not in ("", "python", "bash", "toml", "text") or (info and not title):
+        if language not in ("", "python", "bash", "toml", "text", "yaml") or (info and not title):
             raise UntrueError(f"{page.name}: a fence opens with '{language} {info}': nobody would check it")
         found.append(Block(language, title[1] if title else None, body, text.count("\n", 0, fence.start()) + 2))
     if len(found) * 2 != len(re.findall("```", text)):
@@ -71,6 +74,12 @@ def play(page: Path) -> None:
             printed = None
         elif block.language == "toml":
             check_job(block.text, where)
+        elif block.language == "yaml":
+            for job in yaml.safe_load(block.text)["jobs"].values():
+                for step in job["steps"]:
+                    if "run" in step:
+                        script = commands(Block("bash", None, step["run"], block.line))
+                        subprocess.run(["bash", "-euo", "pipefail", "-c", script], check=True)
         elif block.title:
             compile(block.text, block.title, "exec")
         elif block.language == "python":

@@ -92,18 +92,28 @@ def _dtype(tensor: Tensor) -> str:
 
 def _in_words(prepare: Prepare) -> str:
     """What was done to the inputs, the same text in every process."""
-    return f"{prepare.__module__}.{prepare.__qualname__}" if isinstance(prepare, FunctionType) else repr(prepare)
+    code = _code(prepare)
+    return repr(prepare) if code is None else code.__qualname__
 
 
 def _in_full(prepare: Prepare) -> str:
-    """What is digested: of a function its code without comments and documentation; of an object what it says it is."""
-    if not isinstance(prepare, FunctionType):
+    """What is digested: of code itself, without comments and documentation; of an object what it says it is."""
+    code = _code(prepare)
+    if code is None:
         return repr(prepare)
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(prepare)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):  # typed in, or a lambda within a call
-        return _in_words(prepare)
+        return code.__qualname__
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def _code(prepare: Prepare) -> FunctionType | type | None:
+    """The function or class that says what is done where the object itself does not: its repr may be its address."""
+    if isinstance(prepare, FunctionType):
+        return prepare
+    says = inspect.getattr_static(type(prepare), "__repr__") is not object.__repr__
+    return None if says else type(prepare)
