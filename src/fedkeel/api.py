@@ -21,7 +21,7 @@ from fedkeel.sim.flight import Flight
 from fedkeel.sim.simulator import Simulator
 from fedkeel.train import Trainer
 from fedkeel.world.federation import Federation
-from fedkeel.world.record import Record, Watcher, begun, check_rules, described, rewound
+from fedkeel.world.record import Record, Watcher, begun, check_rules, described, first, rewound
 
 
 def reduce_files(
@@ -137,11 +137,11 @@ def run(job: Job, out: Path | str | None = None, *, watch: Watcher | None = None
     texts = plugins.read(job.plugins)
     plugins.load(job.plugins)
     federation = Federation.of(job)
+    state, began = first(federation)
     with contextlib.closing(federation.trainer()) as trainer:
         directory = begun(Path(out or _free(job.name)), job, texts)
-        state = ServerState(federation.theta())
         with directory.lock(), directory.ledger() as ledger:
-            ledger.write_meta(described(federation, trainer.name, directory.job.read_text()))
+            ledger.write_meta(described(federation, trainer.name, directory.job.read_text()) | began)
             ledger.write_clients(federation.devices.of)
             _simulate(directory, ledger, federation, trainer, state, ClientMemory(), watch)
     return _finished(directory, with_report)
@@ -166,7 +166,9 @@ def resume(path: Path | str, *, watch: Watcher | None = None, with_report: bool 
         with contextlib.closing(federation.trainer(backend)) as trainer:
             newest = checkpoint.latest(directory.checkpoints)
             if newest is None:
-                state, memory, now, flight = ServerState(federation.theta()), ClientMemory(), 0.0, None
+                state, began = first(federation)
+                ledger.write_meta(began)
+                memory, now, flight = ClientMemory(), 0.0, None
             else:
                 state, memory, extra, attached = checkpoint.load(newest, layout_digest=federation.layout.digest)
                 now, flight = extra["time"], Flight.restored(extra["flight"], attached)

@@ -46,6 +46,10 @@ class Model(Section):
         (), description="name patterns of layers that stay on the client, as 'head.*'; '*': each client trains alone"
     )
     version: str = Field("1.0.0", description="semantic version of the model card")
+    start: str | None = Field(
+        None,
+        description="a finished run, or a model directory, whose model is trained further; read where the run begins",
+    )
 
 
 class Train(Section):

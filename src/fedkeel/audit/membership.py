@@ -27,6 +27,7 @@ from fedkeel.train import ClientData
 from fedkeel.train.evaluate import evaluating
 from fedkeel.world.evaluation import Z95, Figures
 from fedkeel.world.federation import Federation
+from fedkeel.world.starting import first_model
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -150,7 +151,7 @@ def shadow(federation: Federation, among: Candidates, key: Key) -> tuple[Tensor,
     job = federation.job.with_settings([f"record.evaluate_every={federation.job.rounds}"])
     alike = replace(federation, job=job, key=key.fold("federation"), data=data)
     with contextlib.closing(alike.trainer()) as trainer:
-        final = Simulator(alike, trainer, ServerState(federation.theta()), ClientMemory(), _Nothing()).run()
+        final = Simulator(alike, trainer, ServerState(first_model(federation)[0]), ClientMemory(), _Nothing()).run()
     return final.theta, held[among.asked].numpy()
 
 

@@ -20,6 +20,7 @@ from fedkeel.core.keys import Key
 from fedkeel.core.types import ServerState
 from fedkeel.ship import files
 from fedkeel.world.federation import Federation
+from fedkeel.world.starting import first_model
 
 PARTS = ("inversion", "membership", "canaries")
 REFUTES = 0.99
@@ -159,7 +160,7 @@ class _Study:
         federation, settings = self.federation, self.settings
         if reason := inverting.unfit(federation):
             return {"left_out": reason}
-        models = {"first": federation.theta(), "final": self.state.theta}
+        models = {"first": first_model(federation)[0], "final": self.state.theta}
         return inverting.study(
             federation,
             models,

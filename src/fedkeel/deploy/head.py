@@ -20,7 +20,7 @@ from fedkeel.ship import checkpoint
 from fedkeel.ship.rundir import RunDir
 from fedkeel.world.evaluation import figure_names
 from fedkeel.world.federation import Federation
-from fedkeel.world.record import Record, begun, check_rules, described, rewound
+from fedkeel.world.record import Record, begun, check_rules, described, first, rewound
 
 BACKEND = "on the nodes"
 
@@ -33,7 +33,11 @@ def preside(folder: ServerFolder, grid: HttpGrid) -> None:
     limit = wire.PREFIX.size + wire.MAX_HEADER + wire.zstd_bound(_most(federation))
     with directory.lock(), directory.ledger() as ledger:
         newest = checkpoint.latest(directory.checkpoints)
-        state, now = _standing(federation, newest)
+        if newest is None:
+            (state, began), now = first(federation), 0.0
+            ledger.write_meta(began)
+        else:
+            state, now = _standing(federation, newest)
         state = rewound(ledger, state)
         ledger.write_meta(described(federation, BACKEND, directory.job.read_text()))
         ledger.write_clients(federation.devices.of)
@@ -52,10 +56,8 @@ def preside(folder: ServerFolder, grid: HttpGrid) -> None:
     write(directory.report, [directory.path])
 
 
-def _standing(federation: Federation, newest: Path | None) -> tuple[ServerState, float]:
+def _standing(federation: Federation, newest: Path) -> tuple[ServerState, float]:
     """The state to go on from, and how many seconds of the federation are over."""
-    if newest is None:
-        return ServerState(federation.theta()), 0.0
     state, _, extra, _ = checkpoint.load(newest, layout_digest=federation.layout.digest)
     # The steps of before are gone, and nodes may have lost what they had: all are sent the model in full.
     return state.replace(roster={**state.roster, "version": torch.full_like(state.roster["version"], -1)}), extra[

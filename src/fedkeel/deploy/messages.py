@@ -23,7 +23,7 @@ from fedkeel.round.coordinator import Train
 from fedkeel.world.clients import Base
 from fedkeel.world.federation import Federation
 
-_OF_THE_HOST = ("train.device", "train.workers", "train.backend")
+_OF_THE_HOST = ("train.device", "train.workers", "train.backend", "model.start")
 """What a host chooses for itself."""
 ORDER, MODEL, UPDATE, FAILURE = "fedkeel.order", "fedkeel.model", "fedkeel.update", "fedkeel.failure"
 FIGURES, SUM = "fedkeel.figures", "fedkeel.sum"

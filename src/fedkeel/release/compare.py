@@ -104,11 +104,8 @@ def _order(mine: Sequence[Parameter], theirs: Sequence[Parameter]) -> list[str]:
 
 
 def _grown(old: tuple[int, ...], new: tuple[int, ...], widths: interface.Widths) -> bool:
-    """One axis changed, by what labels or features explain."""
-    if len(old) != len(new):
-        return False
-    changed = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
-    return len(changed) == 1 and changed[0] in widths
+    """What labels or features explain is all that changed."""
+    return len(old) == len(new) and all(a == b or (a, b) in widths for a, b in zip(old, new, strict=True))
 
 
 def _travelling(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:

@@ -7,12 +7,14 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from types import FunctionType
 
 import torch
 from torch import Tensor
 
 from fedkeel.core.types import ServerState
+from fedkeel.release.contract import Contract
 from fedkeel.ship import card, tensors
 from fedkeel.train import Prepare, Scale
 from fedkeel.world.federation import Federation
@@ -24,20 +26,29 @@ def make_card(
     state: ServerState,
     metrics: Mapping[str, Mapping[str, float | None]],
     privacy: card.Privacy | None,
+    parent: str | None,
 ) -> tuple[card.ModelCard, dict[str, Tensor]]:
     """The card of the model in `state`, and its tensors. `metrics`: what was measured last, by scope."""
-    job, pool, layout = federation.job, federation.pool, federation.layout
-    named = card.stored(layout, state.theta)
+    named = card.stored(federation.layout, state.theta)
     lineage = card.Lineage(
-        job=job.name,
+        job=federation.job.name,
         rounds=state.round,
         recipe=repr(federation.plan),
         fingerprint=tensors.fingerprint(named),
         data=_data(federation),
+        parent=parent,
     )
-    made = card.ModelCard(
+    made = interface(federation, lineage)
+    return made.model_copy(update={"privacy": privacy, "metrics": metrics}), named
+
+
+def interface(federation: Federation, lineage: card.Lineage) -> card.ModelCard:
+    """What must match between all who work with a federation's model."""
+    job, pool, layout = federation.job, federation.pool, federation.layout
+    shapes = card.stored(layout, torch.empty(layout.columns, device="meta"))
+    return card.ModelCard(
         version=job.model.version,
-        parameters=card.described(named),
+        parameters=card.described(shapes),
         layout_digest=layout.digest,
         inputs=(_inputs(pool),),
         outputs=_outputs(federation),
@@ -45,10 +56,13 @@ def make_card(
         preprocessing=hashlib.sha256(_in_full(pool.prepare).encode()).hexdigest(),
         network=repr(job.rule("model.build", "model")),
         lineage=lineage,
-        privacy=privacy,
-        metrics=metrics,
     )
-    return made, named
+
+
+def contract(federation: Federation, source: str) -> Contract:
+    """The interface of a federation's model, its weights aside."""
+    made = interface(federation, card.Lineage(job=federation.job.name, rounds=0, recipe="", fingerprint=""))
+    return replace(Contract.of(made, source), weights=None, card=None)
 
 
 def _inputs(pool: Pool) -> card.Inputs:

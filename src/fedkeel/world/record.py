@@ -22,6 +22,7 @@ from fedkeel.world.carded import make_card
 from fedkeel.world.evaluation import CLIENT, Figures, Value
 from fedkeel.world.federation import Federation
 from fedkeel.world.pool import label_histogram
+from fedkeel.world.starting import first_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +107,20 @@ class Record:
 
     def model(self, state: ServerState) -> None:
         """Write the final model, with its card."""
-        made, named = make_card(self.federation, state, self.ledger.latest(besides=CLIENT), self._privacy(state))
+        made, named = make_card(
+            self.federation,
+            state,
+            self.ledger.latest(besides=CLIENT),
+            self._privacy(state),
+            self.ledger.meta.get("parent"),
+        )
         card.write(self.directory.model, made, named)
+
+
+def first(federation: Federation) -> tuple[ServerState, dict[str, Any]]:
+    """What a run begins with, and what the ledger says of that."""
+    theta, parent = first_model(federation)
+    return ServerState(theta), {} if parent is None else {"parent": parent}
 
 
 def kept(job: Job, texts: Mapping[str, str]) -> Job:
