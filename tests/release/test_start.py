@@ -105,9 +105,23 @@ def test_both_that_grew_alike_cannot_be_told_apart(tmp_path: Path):
 
 
 def test_a_start_that_is_no_model_is_refused_before_anything_is_written(tmp_path: Path):
-    with pytest.raises(InputError, match="holds no card"):
+    with pytest.raises(InputError, match="holds no model and no checkpoint"):
         fedkeel.run(job(f"model.start={tmp_path}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_stopped_is_a_beginning_too(tmp_path: Path):
+    def stop(progress: fedkeel.Progress) -> None:
+        if progress.round == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, fedkeel.InterruptedRunError)):
+        fedkeel.run(job("rounds=6", "record.checkpoint_every=1"), tmp_path / "a", watch=stop)
+    assert not (tmp_path / "a" / "model").exists()
+    state = fedkeel.Run(tmp_path / "a").state
+    theta, parent = first_model(Federation.of(job(f"model.start={tmp_path / 'a'}", "model.version=1.0.1")))
+    assert torch.equal(theta, state.theta)
+    assert parent is not None
 
 
 def test_columns_are_named_once():

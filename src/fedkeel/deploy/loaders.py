@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,24 +17,29 @@ from fedkeel.config import Job
 from fedkeel.core.errors import InputError
 from fedkeel.core.keys import Key
 from fedkeel.deploy.folder import JOB, NodeFolder, ServerFolder
+from fedkeel.ship.card import ModelCard
 from fedkeel.train.contract import ClientData
+from fedkeel.world.bridge import bridged
 from fedkeel.world.federation import Federation, Held
 from fedkeel.world.pool import Pool, Split, clients
 
 
-def at_node(folder: NodeFolder) -> Federation:
-    """The federation as a node has it: its own examples alone."""
+def at_node(folder: NodeFolder, offered: ModelCard | None = None) -> Federation:
+    """The federation as a node has it: its own examples alone. `offered`: the server's model, where it is another."""
     settings, job = folder.settings, folder.job
     if settings.data == JOB:
-        return Federation.of(job).only(settings.client)
+        held = Federation.held(job)
+        whole = Federation.made(job, held) if offered is None else bridged(job, held, offered)
+        return whole.only(settings.client)
     known = _pool(job)
     x, y = _examples(settings.data, folder.path, settings.client, known)
-    mine = Pool(x, y, x, y, known.classes, known.prepare, labels=known.labels, ordered=known.ordered)
+    mine = replace(known, x=x, y=y, test_x=x, test_y=y, group=None, group_names=())
     split = Split((torch.arange(len(x)),), (settings.client,))
     key = Key.root(job.seed).fold("clients")
     data, holdout = clients(mine, split, key, holdout=job.data.holdout)
     job = job.model_copy(update={"record": job.record.model_copy(update={"groups": {}})})  # the server's business
-    return Federation.made(job, Held(mine, (settings.client,), data, holdout))
+    held = Held(mine, (settings.client,), data, holdout)
+    return Federation.made(job, held) if offered is None else bridged(job, held, offered)
 
 
 def at_server(folder: ServerFolder) -> Federation:
@@ -55,7 +61,7 @@ def at_server(folder: ServerFolder) -> Federation:
             )
         known = _pool(job)
         x, y = _examples(settings.data, folder.path, None, known)
-        pool = Pool(x, y, x, y, known.classes, known.prepare, labels=known.labels)
+        pool = replace(known, x=x, y=y, test_x=x, test_y=y, group=None, group_names=())
         nothing = ClientData(x[:0], y[:0], torch.zeros(len(names) + 1, dtype=torch.int64), known.prepare)
         federation = Federation.made(job, Held(pool, names, nothing, nothing if job.data.holdout else None))
     register = federation.devices.register

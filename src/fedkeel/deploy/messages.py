@@ -20,11 +20,13 @@ import fedkeel
 from fedkeel import plugins
 from fedkeel.core.errors import DecodeError
 from fedkeel.round.coordinator import Train
+from fedkeel.world.carded import CARD, offer
 from fedkeel.world.clients import Base
 from fedkeel.world.federation import Federation
 
-_OF_THE_HOST = ("train.device", "train.workers", "train.backend", "model.start")
-"""What a host chooses for itself."""
+_OF_THE_HOST = ("train.device", "train.workers", "train.backend", "model.start", "model.version")
+"""What a host chooses for itself; the version goes with the card."""
+_PLUGIN = "plugin "
 ORDER, MODEL, UPDATE, FAILURE = "fedkeel.order", "fedkeel.model", "fedkeel.update", "fedkeel.failure"
 FIGURES, SUM = "fedkeel.figures", "fedkeel.sum"
 _VECTOR, _ENVELOPE = "fedkeel.float32", "fedkeel.envelope"
@@ -48,7 +50,7 @@ class Order(NamedTuple):
 def agreement(federation: Federation) -> dict[str, str]:
     """What server and client must have alike, so that an update means the same to both; a text or digest of each."""
     job, promised = federation.job.model_dump(mode="json"), federation.plan.privacy
-    found = {"fedkeel": fedkeel.__version__, "layout": federation.layout.digest, "seed": str(job["seed"])}
+    found = {"fedkeel": fedkeel.__version__, "seed": str(job["seed"]), CARD: offer(federation)}
     for section in ("train", "model", "client"):
         found |= {f"{section}.{key}": str(value)[:80] for key, value in job[section].items()}
     found |= {f"privacy.{key}": str(value)[:80] for key, value in job["privacy"].items()}
@@ -59,12 +61,25 @@ def agreement(federation: Federation) -> dict[str, str]:
     for key in _OF_THE_HOST:
         del found[key]
     texts = plugins.read(federation.job.plugins)
-    return found | {f"plugin {name}": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+    return found | {f"{_PLUGIN}{name}": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
-def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:
-    """In what a server's agreement differs from a client's, in words; None: in nothing."""
-    for name in sorted(ours.keys() | theirs.keys()):
+def version(offered: str) -> str | None:
+    """The version that a card declares, before it is read as a whole; None where it is no card."""
+    try:
+        return str(json.loads(offered)["version"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def differing(ours: Mapping[str, str], theirs: Mapping[str, str], upgrade: bool = False) -> str | None:
+    """In what a server's agreement differs from a client's, in words, their cards aside; None: in nothing.
+
+    `upgrade`: the two declare different versions of the model; what makes the model and the data may then differ.
+    """
+    for name in sorted((ours.keys() | theirs.keys()) - {CARD}):
+        if upgrade and name.startswith(_PLUGIN):
+            continue
         mine, other = ours.get(name, "none"), theirs.get(name, "none")
         if mine != other:
             return f"{name} is {other[:40]} at the server and {mine[:40]} here"

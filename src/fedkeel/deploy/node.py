@@ -21,6 +21,9 @@ from fedkeel.round.protect import USES
 from fedkeel.secagg.client import Client as Session
 from fedkeel.secagg.messages import is_terms, read_terms
 from fedkeel.ship import tensors
+from fedkeel.ship.card import ModelCard
+from fedkeel.world.bridge import check
+from fedkeel.world.carded import CARD, contract
 from fedkeel.world.clients import Base, Clients
 from fedkeel.world.evaluation import asked_of_clients, own
 
@@ -38,13 +41,34 @@ class Node:
         self._client = folder.settings.client
         self.federation = loaders.at_node(folder)
         self._agreed = messages.agreement(self.federation)
-        self._expected = first_control(self.federation.plan, self.federation.layout).keys()
-        self._task, self._before = -1, dict[str, Tensor]()
+        self._contract = contract(self.federation, "this client")
         self._session: Session | None = None
         self._heard, self._said = b"", b""
+        self._enter(self._agreed[CARD])
+
+    def _enter(self, met: str) -> None:
+        """Get ready to train the model of the card `met`, which the federation is of."""
+        self._met = met
+        self._expected = first_control(self.federation.plan, self.federation.layout).keys()
+        self._task, self._before = -1, dict[str, Tensor]()
         self._memory = self._recalled()
         self._tuner = self.federation.tuner()
         self._clients = Clients(self.federation, self.federation.trainer(), self._memory)
+
+    def _meet(self, offered: str) -> None:
+        """Go over to the server's model, where it is another version. Raises `InputError` where that can not be."""
+        if offered == self._met:
+            return
+        if offered == self._agreed[CARD]:
+            federation = loaders.at_node(self._folder)
+        else:
+            card = ModelCard.from_json(offered)
+            check(self._contract, card)
+            federation = loaders.at_node(self._folder, card)
+            _log.info("the server's model is %s, this client's %s: adapted", card.version, self._contract.version)
+        self.close()
+        self.federation = federation
+        self._enter(offered)
 
     def close(self) -> None:
         """Let go of the trainers."""
@@ -76,8 +100,11 @@ class Node:
         """Why this node does not work at an order; None: it does."""
         if order.train.client != self._client:
             return f"it is an order for '{order.train.client[:64]}', this is '{self._client}'"
-        if found := messages.differing(self._agreed, order.agreement):
+        offered = order.agreement.get(CARD, "")
+        upgrade = messages.version(offered) != self._contract.version
+        if found := messages.differing(self._agreed, order.agreement, upgrade):
             return f"{found}: bring both to the same job and version"
+        self._meet(offered)
         expected = self._expected
         if order.control.keys() != expected:
             return f"its work needs {sorted(expected)}, it was sent {sorted(order.control)}"
@@ -164,6 +191,10 @@ class Node:
         memory = ClientMemory()
         if self._folder.memory.is_file():
             held, info = tensors.read(self._folder.memory)
+            if info.get("layout") != self.federation.layout.digest:  # its vectors are of another model
+                held = {
+                    name: value for name, value in held.items() if name.removeprefix(_BEFORE) in (USES, LABEL_NOISE)
+                }
             self._task = int(info.get("task", -1))
             self._before = {n.removeprefix(_BEFORE): v for n, v in held.items() if n.startswith(_BEFORE)}
             memory.keep(self._client, {n: v for n, v in held.items() if not n.startswith(_BEFORE)})
@@ -174,7 +205,8 @@ class Node:
         held = {name: vector for _, name, vector in self._memory.items()}
         if held or self._folder.memory.exists():
             held |= {_BEFORE + name: vector for name, vector in self._before.items()}
-            tensors.write(self._folder.memory, held, {"client": self._client, "task": self._task})
+            info = {"client": self._client, "task": self._task, "layout": self.federation.layout.digest}
+            tensors.write(self._folder.memory, held, info)
 
 
 class Reluctant:

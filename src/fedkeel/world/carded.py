@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +20,9 @@ from fedkeel.ship import card, tensors
 from fedkeel.train import Prepare, Scale
 from fedkeel.world.federation import Federation
 from fedkeel.world.pool import Pool
+
+CARD = "card"
+"""Where the ledger and an agreement have the offered card."""
 
 
 def make_card(
@@ -59,9 +63,19 @@ def interface(federation: Federation, lineage: card.Lineage) -> card.ModelCard:
     )
 
 
+def offer(federation: Federation) -> str:
+    """The card of a federation's model before it is trained: as server and clients compare it."""
+    lineage = card.Lineage(job=federation.job.name, rounds=0, recipe="", fingerprint="")
+    return json.dumps(json.loads(interface(federation, lineage).to_json()), separators=(",", ":"))
+
+
 def contract(federation: Federation, source: str) -> Contract:
     """The interface of a federation's model, its weights aside."""
-    made = interface(federation, card.Lineage(job=federation.job.name, rounds=0, recipe="", fingerprint=""))
+    return untrained(card.ModelCard.from_json(offer(federation)), source)
+
+
+def untrained(made: card.ModelCard, source: str) -> Contract:
+    """What an offered card tells."""
     return replace(Contract.of(made, source), weights=None, card=None)
 
 

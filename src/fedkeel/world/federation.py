@@ -80,6 +80,11 @@ class Federation:
     @classmethod
     def of(cls, job: Job) -> Federation:
         """Build and check everything, or raise `InputError`; nothing is trained or written."""
+        return cls.made(job, cls.held(job))
+
+    @classmethod
+    def held(cls, job: Job) -> Held:
+        """The job's own data, all clients'."""
         build_plan(job)  # what is wrong with the job comes before what is wrong with the data
         key = Key.root(job.seed)
         with _about("data.source"):
@@ -93,7 +98,7 @@ class Federation:
         with _about("data.partition"):
             split = job.rule("data.partition", "partition")(pool, job.data.clients, key.fold("partition"))
             data, holdout = clients(pool, split, key.fold("clients"), holdout=job.data.holdout)
-        return cls.made(job, Held(pool, split.names, data, holdout, kept))
+        return Held(pool, split.names, data, holdout, kept)
 
     @classmethod
     def made(cls, job: Job, held: Held) -> Federation:

@@ -18,7 +18,7 @@ from fedkeel.round.privacy import KEPT, Account, uncorrelated
 from fedkeel.ship import card, checkpoint
 from fedkeel.ship.ledger import Ledger
 from fedkeel.ship.rundir import RunDir
-from fedkeel.world.carded import make_card
+from fedkeel.world.carded import CARD, make_card, offer
 from fedkeel.world.evaluation import CLIENT, Figures, Value
 from fedkeel.world.federation import Federation
 from fedkeel.world.pool import label_histogram
@@ -181,6 +181,7 @@ def described(federation: Federation, backend: str, settings: str) -> dict[str, 
         "columns": federation.layout.columns,
         "clients": list(federation.names),
         "labels": list(pool.labels),
+        CARD: offer(federation),
         "label_histogram": histogram,
         "hostile": sorted(federation.adversary.clients),
         **({"privacy": privacy.in_words() | {"delta": privacy.delta}} if privacy else {}),

@@ -13,8 +13,9 @@ from fedkeel.core.errors import InputError
 from fedkeel.release.compare import compare
 from fedkeel.release.contract import Contract
 from fedkeel.release.difference import Level
-from fedkeel.ship import card
-from fedkeel.world.carded import contract
+from fedkeel.ship import card, checkpoint, tensors
+from fedkeel.ship.rundir import RunDir
+from fedkeel.world.carded import CARD, contract
 from fedkeel.world.federation import Federation
 
 
@@ -44,10 +45,30 @@ def first_model(federation: Federation) -> tuple[Tensor, str | None]:
 
 
 def _read(start: str) -> tuple[card.ModelCard, dict[str, Tensor]]:
+    """The model of a finished run, or what a run that was stopped has come to."""
     for place in (Path(start), Path(start) / "model"):
         if (place / "card.json").is_file():
             return card.read(place)
-    raise InputError(f"model.start = '{start}' holds no card.json and no model/: name the directory of a finished run")
+    try:
+        run = RunDir(Path(start))
+        newest = checkpoint.latest(run.checkpoints)
+    except InputError:
+        newest = None
+    if newest is None:
+        raise InputError(f"model.start = '{start}' holds no model and no checkpoint: name the directory of a run")
+    with run.ledger(readonly=True) as ledger:
+        text = ledger.meta.get(CARD)
+    if text is None:
+        raise InputError(f"model.start = '{start}' was begun by an older fedkeel: let it end, or resume it")
+    made = card.ModelCard.from_json(text)
+    state, *_ = checkpoint.load(newest, layout_digest=made.layout_digest)
+    sizes = [torch.Size(parameter.shape).numel() for parameter in made.parameters]
+    named = {
+        parameter.name: piece.reshape(parameter.shape).to(getattr(torch, parameter.dtype))
+        for parameter, piece in zip(made.parameters, torch.split(state.theta, sizes), strict=True)
+    }
+    lineage = made.lineage.model_copy(update={"fingerprint": tensors.fingerprint(named)})
+    return made.model_copy(update={"lineage": lineage}), named
 
 
 class _Kept(NamedTuple):
