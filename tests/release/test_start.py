@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from wards import COLUMNS
 
 import fedkeel
+from fedkeel import plugins
 from fedkeel.core.errors import InputError
 from fedkeel.release.compare import compare
 from fedkeel.release.describe import describe
@@ -16,6 +16,8 @@ from fedkeel.release.difference import Level
 from fedkeel.ship import card
 from fedkeel.world.federation import Federation
 from fedkeel.world.starting import first_model
+
+plugins.load([str(Path(__file__).with_name("wards.py"))])
 
 
 def job(*settings: str) -> fedkeel.Job:
@@ -126,4 +128,4 @@ def test_a_run_that_was_stopped_is_a_beginning_too(tmp_path: Path):
 
 def test_columns_are_named_once():
     with pytest.raises(InputError, match="name each column once"):
-        fedkeel.Pool.from_arrays(torch.zeros(4, 3), [0, 1, 0, 1], features=COLUMNS[:2])
+        fedkeel.Pool.from_arrays(torch.zeros(4, 3), [0, 1, 0, 1], features=["age", "dose"])

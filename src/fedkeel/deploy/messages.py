@@ -44,7 +44,6 @@ class Order(NamedTuple):
     theta: Tensor | None
     steps: tuple[bytes, ...]
     control: Mapping[str, Tensor]
-    agreement: Mapping[str, str]
 
 
 def agreement(federation: Federation) -> dict[str, str]:
@@ -121,18 +120,11 @@ def order_content(order: Train, model: ArrayRecord, agreed: Mapping[str, str]) -
 
 def read_order(content: RecordDict, columns: int) -> Order:
     """An order for a model of so many columns. Raises `DecodeError`."""
-    config, model = content.get(ORDER), content.get(MODEL)
-    if not isinstance(config, ConfigRecord) or not isinstance(model, ArrayRecord):
-        raise DecodeError(f"it holds {sorted(content)[:5]}, not a fedkeel order")
+    config, model = _parts(content)
     whole = {name: _whole(config, name) for name in ("task", "round", "version", "settled", "have")}
     client, factor = config.get("client"), config.get("factor")
     if not isinstance(client, str) or not isinstance(factor, float) or not 0 < factor < math.inf:
         raise DecodeError("the order's client or factor is not valid")
-    try:
-        agreed = json.loads(str(config.get("agreement")))
-        agreed = {str(name): str(value) for name, value in agreed.items()}
-    except (ValueError, AttributeError):
-        raise DecodeError("the order's agreement is not valid") from None
     vectors = {name: _vector(array, columns) for name, array in model.items() if not name.startswith(_WAY)}
     control = {n.removeprefix(_CONTROL): v for n, v in vectors.items() if n.startswith(_CONTROL)}
     steps = tuple(bytes(array.data) for name, array in sorted(model.items()) if name.startswith(_WAY))
@@ -140,7 +132,24 @@ def read_order(content: RecordDict, columns: int) -> Order:
     train = Train(client, whole["task"], whole["round"], whole["version"], None, settled, factor, whole["have"])
     if "theta" not in vectors and (train.have < 0 or len(steps) != train.version - train.have):
         raise DecodeError(f"the order has neither a model nor the way to {train.version} from {train.have}")
-    return Order(train, vectors.get("theta"), steps, control, agreed)
+    return Order(train, vectors.get("theta"), steps, control)
+
+
+def read_agreement(content: RecordDict) -> dict[str, str]:
+    """What the server of an order has, for `differing`; known before the rest can be read. Raises `DecodeError`."""
+    config, _ = _parts(content)
+    try:
+        agreed = json.loads(str(config.get("agreement")))
+        return {str(name): str(value) for name, value in agreed.items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise DecodeError("the order's agreement is not valid") from None
+
+
+def _parts(content: RecordDict) -> tuple[ConfigRecord, ArrayRecord]:
+    config, model = content.get(ORDER), content.get(MODEL)
+    if not isinstance(config, ConfigRecord) or not isinstance(model, ArrayRecord):
+        raise DecodeError(f"it holds {sorted(content)[:5]}, not a fedkeel order")
+    return config, model
 
 
 def _whole(config: ConfigRecord, name: str) -> int:

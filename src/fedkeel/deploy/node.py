@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
@@ -84,8 +85,11 @@ class Node:
         try:
             if message.metadata.message_type == MessageType.QUERY:
                 return Message(messages.sum_content(self._sum(message.content)), reply_to=message)
-            order = messages.read_order(message.content, self.federation.layout.columns)
-            if reason := self._reason(order):
+            agreed = messages.read_agreement(message.content)
+            if (reason := self._door(agreed)) is None:
+                order = messages.read_order(message.content, self.federation.layout.columns)
+                reason = self._reason(order)
+            if reason is not None:
                 reply = messages.failure_content(reason)
             elif message.metadata.message_type == MessageType.EVALUATE:
                 reply = messages.figures_content(*self._measure(order))
@@ -96,15 +100,19 @@ class Node:
             reply = messages.failure_content(str(error))
         return Message(reply, reply_to=message)
 
+    def _door(self, agreed: Mapping[str, str]) -> str | None:
+        """Why nothing of this server is worked at; None: it and this client mean the same by an update."""
+        offered = agreed.get(CARD, "")
+        upgrade = messages.version(offered) != self._contract.version
+        if found := messages.differing(self._agreed, agreed, upgrade):
+            return f"{found}: bring both to the same job and version"
+        self._meet(offered)
+        return None
+
     def _reason(self, order: messages.Order) -> str | None:
         """Why this node does not work at an order; None: it does."""
         if order.train.client != self._client:
             return f"it is an order for '{order.train.client[:64]}', this is '{self._client}'"
-        offered = order.agreement.get(CARD, "")
-        upgrade = messages.version(offered) != self._contract.version
-        if found := messages.differing(self._agreed, order.agreement, upgrade):
-            return f"{found}: bring both to the same job and version"
-        self._meet(offered)
         expected = self._expected
         if order.control.keys() != expected:
             return f"its work needs {sorted(expected)}, it was sent {sorted(order.control)}"
