@@ -15,7 +15,7 @@ _PARTS = ("parameters", "inputs", "outputs", "labels", "preprocessing", "network
 def compare(old: Contract, new: Contract) -> Comparison:
     """What stands between those who work with `old` and the model `new`.
 
-    Minor is what an adapter bridges (`release.adapter`): labels appended, features with a default added or dropped, and
+    Minor is what a door adapts (`world.bridge`): labels appended, features with a default added or dropped, and
     the tensors that widen with those. What a caller would not notice, and get wrong, is major: another order, unit,
     normalisation, meaning.
     """
