@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedkeel import deployment, live, versions
+from fedkeel import deployment, live, releases, versions
 
 if TYPE_CHECKING:
     from fedkeel.api import Run
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(deployment.app, name="deploy")
 app.add_typer(versions.app, name="model")
+app.add_typer(releases.app, name="release")
 app.command()(deployment.server)
 app.command()(deployment.client)
 app.command()(live.dashboard)

@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "source": ("(key) -> Pool", "fedkeel.world.sources"),
     "partition": ("(pool, clients, key) -> Split", "fedkeel.world.partitions"),
     "model": ("(inputs, classes) -> nn.Module", "fedkeel.world.models"),
+    "gate": ("(evidence) -> Finding", "fedkeel.gate.rules"),
     "loss": ("(output, target) -> (B,)", "fedkeel.train.losses"),
 }
 

@@ -131,6 +131,11 @@ class Registry:
         """The models that have releases."""
         return [row[0] for row in self._rows("SELECT DISTINCT name FROM releases ORDER BY name")]
 
+    @property
+    def judged(self) -> list[str]:
+        """The models that were published or blocked."""
+        return [row[0] for row in self._rows("SELECT DISTINCT name FROM moves ORDER BY name")]
+
     def releases(self, name: str) -> list[Release]:
         """All releases of a model, in the order of their coming."""
         return [_release(row) for row in self._rows("SELECT * FROM releases WHERE name = ? ORDER BY added, id", name)]
@@ -209,15 +214,18 @@ class Registry:
         stage: str,
         verdict: Mapping[str, Any],
         expected: str | None,
+        judged: Mapping[str, Stored] | None = None,
     ) -> Release:
         """Take the files in and let the stage point at them.
 
-        `expected`: the release at the stage that the verdict was found against (None: there was none). Raises
-        `InputError` where another one is there by now, or where the version is another release's.
+        `expected`: the release at the stage that the verdict was found against (None: there was none); `judged`: what
+        the files were then. Raises `InputError` where either is another by now, or the version is another release's.
         """
         _known(stage)
         with self._writing():
             stored = {_inside(file): self.store.put(path) for file, path in files.items()}
+            if judged is not None and stored != judged:
+                raise InputError(f"files of '{name}' {version} were changed while they were judged: publish them again")
             release = Release(identity(name, version, stored), name, version, fingerprint, time.time(), stored)
             self._let_in(release)
             now = self.at(name, stage)

@@ -6,8 +6,9 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from fedkeel.core.errors import InputError
 from fedkeel.ship import files
@@ -22,6 +23,12 @@ class Stored(NamedTuple):
     size: int
 
 
+def measured(source: Path) -> Stored:
+    """The digest and size of a regular file. Raises `InputError`."""
+    with _opened(source, lambda: _no_file(source)) as file:
+        return Stored(hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size)
+
+
 class Store:
     """A directory of contents, each under its digest. One writer at a time, which its user sees to."""
 
@@ -33,7 +40,7 @@ class Store:
         self.path.mkdir(parents=True, exist_ok=True)
         incoming = self.path / "incoming"  # what a killed writer left is overwritten, or collected
         digest, size = hashlib.sha256(), 0
-        with _opened(source, lambda: f"'{source}' is no regular file: publish a run that fedkeel wrote") as file:
+        with _opened(source, lambda: _no_file(source)) as file:
             incoming.unlink(missing_ok=True)
             with open(incoming, "xb") as target:
                 for chunk in iter(lambda: file.read(_CHUNK), b""):
@@ -92,7 +99,11 @@ class Store:
         yield held
 
 
-def _opened(path: Path, refusal: Callable[[], str]) -> BinaryIO:
+def _no_file(source: Path) -> str:
+    return f"'{source}' is no regular file: publish a run that fedkeel wrote"
+
+
+def _opened(path: Path, refusal: Callable[[], str]) -> BufferedReader:
     """A regular file, itself no link, opened for reading. Raises `InputError`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

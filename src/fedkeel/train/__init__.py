@@ -2,7 +2,7 @@
 
 from fedkeel.train.backends import backends, make_trainer
 from fedkeel.train.contract import ClientData, LocalWork, Prepare, Scale, Task, Tokens, Trained, Trainer
-from fedkeel.train.evaluate import evaluate
+from fedkeel.train.evaluate import evaluate, outputs
 from fedkeel.train.referee import ServerExamples
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "backends",
     "evaluate",
     "make_trainer",
+    "outputs",
 ]

@@ -25,7 +25,7 @@ from fedkeel.round.promise import check_layout, promised
 from fedkeel.round.quarantine import Quarantine
 from fedkeel.round.secure import Secure
 from fedkeel.round.wire import MAX_NAME, built
-from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer
+from fedkeel.train import LocalWork, ServerExamples, Trainer, evaluate, make_trainer, outputs
 from fedkeel.train.contract import ClientData, Prepare
 from fedkeel.train.objective import personal, try_objective
 from fedkeel.world.composition import AUTO, choose
@@ -296,6 +296,10 @@ class Federation:
         """Loss and accuracy of a model; given the objective, of the client's own that a vector (W,) holds."""
         found = evaluate(self.module, self.layout, vector, x, y, prepare, self.work.loss, objective=objective)
         return {k: v for k, v in found.items() if v is not None}
+
+    def answers(self, vector: Tensor, x: Tensor, prepare: Prepare) -> Tensor:
+        """What the model `vector` (P,) answers to x: its outputs, one row an example."""
+        return torch.cat([output.clone() for _, output in outputs(self.module, self.layout, vector, x, prepare)])
 
 
 BOUND = 5.0

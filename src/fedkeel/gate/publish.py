@@ -1,0 +1,90 @@
+"""Publish a run: judge it by the registry's rules, then promote it or block it, and tell everybody why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedkeel.api import Run
+from fedkeel.core.errors import FedkeelError, InputError, RunError, nearest
+from fedkeel.gate import policy, tell
+from fedkeel.gate.evidence import Evidence, Finding
+from fedkeel.gate.verdict import Verdict, judge, verdict_of
+from fedkeel.release.registry import STAGES, Registry
+from fedkeel.release.store import measured
+
+VERDICTS = "verdicts"
+"""Where the ledger has them."""
+_REGISTRY = "registry"
+
+
+def publish(
+    run: Path | str, to: str, registry: Registry, watch: Callable[[str, Finding], None] | None = None
+) -> Verdict:
+    """Judge a finished run, and let the stage `to` point at its model if it passes.
+
+    The verdict is in the registry's history and the run's ledger either way, then in the metrics file and with the
+    webhook that `gate.toml` names. `watch` is told each finding as it comes. Raises `InputError` for what cannot be
+    judged at all, `RunError` where the verdict stands and could not be told.
+    """
+    if to not in STAGES:
+        raise InputError(f"stage '{to}' is unknown: {nearest(to, STAGES)}")
+    asked = policy.read(registry)
+    tell.check(asked.tell)
+    opened = Run(run)
+    if not opened.done:
+        raise InputError(f"run '{opened.path}' holds no model yet: resume it until it is done")
+    released = _files(opened)
+    judged = {name: measured(path) for name, path in released.items()}
+    evidence = Evidence(opened, registry, to)
+    findings: list[tuple[str, Finding]] = []
+    for text, rule in asked.asked(to).items():
+        findings.append((text, judge(evidence, rule)))
+        if watch:
+            watch(*findings[-1])
+    print_of = _fingerprint(evidence)
+    verdict = verdict_of(evidence, findings, print_of)
+    if verdict.passed:
+        job = evidence.job
+        try:
+            registry.publish(
+                job.name, job.model.version, print_of, released, to, verdict.to_dict(), verdict.against, judged
+            )
+        except InputError as error:  # others were faster, or the version is taken
+            findings.append((_REGISTRY, Finding(False, str(error))))
+            verdict = verdict_of(evidence, findings, print_of)
+            if watch:
+                watch(*findings[-1])
+    if not verdict.passed:
+        registry.blocked(verdict.model, verdict.version, print_of, to, verdict.to_dict())
+    _record(opened, verdict)
+    tell.everybody(asked.tell, registry, verdict)
+    return verdict
+
+
+def _files(run: Run) -> dict[str, Path]:
+    """What a release holds: the model, its card, its job, and the code that the job names."""
+    found = {name: run.dir.model / name for name in ("card.json", "model.safetensors")}
+    found["job.toml"] = run.dir.job
+    code = run.path / "plugins"
+    if code.is_dir():
+        found |= {f"plugins/{path.name}": path for path in sorted(code.glob("*.py"))}
+    return found
+
+
+def _fingerprint(evidence: Evidence) -> str:
+    """Of the weights; empty where they cannot be read, and then nothing passed."""
+    try:
+        return evidence.card.lineage.fingerprint
+    except FedkeelError:
+        return ""
+
+
+def _record(run: Run, verdict: Verdict) -> None:
+    try:
+        with run.dir.lock(), run.dir.ledger() as ledger:
+            ledger.write_meta({VERDICTS: [*ledger.meta.get(VERDICTS, []), verdict.to_dict()]})
+    except FedkeelError as error:
+        stands = "is in" if verdict.passed else "is not let into"
+        what = f"'{verdict.model}' {verdict.version} {stands} {verdict.stage}"
+        raise RunError(f"{what}, and the run's ledger does not say so: {error}") from None
