@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from fedkeel.core.types import ServerState as ServerState
     from fedkeel.core.types import Update as Update
     from fedkeel.core.types import View as View
+    from fedkeel.gate.evidence import Evidence as Evidence
+    from fedkeel.gate.evidence import Finding as Finding
     from fedkeel.probing import Cell as Cell
     from fedkeel.probing import Probe as Probe
     from fedkeel.probing import probe as probe
@@ -71,6 +73,7 @@ _HOMES = {
     "fedkeel.core.roster": ("Candidates",),
     "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Local", "Refusal", "ServerState", "Update", "View"),
     "fedkeel.probing": ("Cell", "Probe", "probe"),
+    "fedkeel.gate.evidence": ("Evidence", "Finding"),
     "fedkeel.ship.card": ("Feature",),
     "fedkeel.world.pool": ("Pool", "Split"),
     "fedkeel.world.record": ("Progress",),

@@ -201,12 +201,17 @@ def backdoor(evidence: Evidence, *, most: Share = 0.5, size: Annotated[int, Fiel
     """No simple mark turns more than this share of the test examples to one label, beyond those that go there anyhow.
 
     Marks are `size` x `size` bright or dark pixels in a corner, one pixel from it, or the first or last `size` features
-    of a flat input at their largest or smallest value (Gu et al. 2017). A mark of another form is not found.
+    of a flat input at their largest or smallest value (Gu et al. 2017). A mark of another form is not found; a flat
+    input of less than four times `size` features has none.
     """
     pool, federation = evidence.federation.pool, evidence.federation
     if pool.test_x.dim() < 2 or not (pool.test_x.dtype == torch.uint8 or pool.test_x.is_floating_point()):
         raise InputError("inputs of this kind cannot be marked: leave the rule out of the registry's gate")
     _classes(evidence, evidence.answers.mine)
+    if pool.test_x.dim() == 2 and pool.test_x.shape[1] < 4 * size:
+        return Finding(
+            True, f"{size} of {pool.test_x.shape[1]} features are no mark, but most of the input: not probed"
+        )
     step = max(1, len(pool.test_y) // _MOST_PROBED)
     x, y = pool.test_x[::step], pool.test_y[::step]
     clean = federation.answers(evidence.theta, x, pool.prepare).argmax(-1)
@@ -283,13 +288,14 @@ def _marked(x: Tensor, size: int) -> Iterator[tuple[str, Tensor]]:
             name: (..., *place) for name, place in {**corners, "bottom right": (last, last)}.items()
         }
     else:
-        size = min(size, x.shape[-1])
         places = {"first features": (..., slice(size)), "last features": (..., slice(-size, None))}
     for place, where in places.items():
-        for tone, extreme in (("bright", x.amax(0)), ("dark", x.amin(0))):
+        for tone in ("bright", "dark"):
             marked = x.clone()
-            value = extreme.max() if x.dim() > 2 and tone == "bright" else extreme.min() if x.dim() > 2 else None
-            marked[where] = extreme[where[1:] if x.dim() == 2 else ...] if value is None else value
+            if x.dim() > 2:
+                marked[where] = x.max() if tone == "bright" else x.min()
+            else:  # a column has its own range
+                marked[where] = (x.amax(0) if tone == "bright" else x.amin(0))[where[1:]]
             yield f"a {tone} mark ({place})", marked
 
 
@@ -326,7 +332,7 @@ def _unlike(field: str, told: Any, made: Any) -> str:
         for key in told.keys() | made.keys():
             if told.get(key) != made.get(key):
                 return _unlike(f"{field}.{key}", told.get(key), made.get(key))
-    return f"{field} is {str(told)[:80]!r} on it and {str(made)[:80]!r} in the run"
+    return f"{field} is {str(told)[:80]} on it and {str(made)[:80]} in the run"
 
 
 def _more(items: list[str], shown: int) -> str:

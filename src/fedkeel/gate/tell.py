@@ -79,7 +79,7 @@ def metrics(path: Path, registry: Registry) -> None:
     write_to_textfile(str(path), collected)
 
 
-def webhook(url: str, told: Mapping[str, Any], *, rest: float = _FIRST_REST) -> list[str]:
+def webhook(url: str, told: Mapping[str, Any]) -> list[str]:
     """POST a JSON text, signed: HMAC-SHA256 of 'TIMESTAMP.BODY' under the secret, in hex.
 
     Who receives it checks `Fedkeel-Signature`, refuses old timestamps, and drops an `Idempotency-Key` that it has seen:
@@ -91,7 +91,7 @@ def webhook(url: str, told: Mapping[str, Any], *, rest: float = _FIRST_REST) -> 
     why = ""
     for attempt in range(_TRIES):
         if attempt:
-            time.sleep(rest * 2 ** (attempt - 1))
+            time.sleep(_FIRST_REST * 2 ** (attempt - 1))
         headers = _headers(body)
         try:
             answer = httpx.post(url, content=body, headers=headers, timeout=_SECONDS, follow_redirects=False)
