@@ -156,7 +156,7 @@ def gc(
 
     with Registry(registry) as opened:
         dropped, freed = opened.collect(keep)
-    _out.print(f"{dropped} releases dropped, {freed / 1e6:.1f} MB freed")
+    _out.print(f"{dropped} release{'s' * (dropped != 1)} dropped, {freed / 1e6:.1f} MB freed")
 
 
 @app.command()

@@ -139,6 +139,24 @@ def test_alerts_ask_for_what_is_told(standing):
         assert "description: " in section
 
 
+def test_the_last_verdict_of_each_stage_is_told(path):
+    records.many(path, 3, 10, 2)
+    from fedkeel.dashboard.feed import Feed
+    from fedkeel.ship.ledger import Ledger
+
+    def verdict(passed: bool) -> dict[str, object]:
+        found = [{"rule": "accuracy(least=0.9)", "passed": passed, "text": "", "figures": {}}]
+        return {"stage": "production", "version": "1.2.0", "passed": passed, "findings": found}
+
+    with Ledger(path) as ledger:
+        ledger.write_meta({"verdicts": [verdict(True), verdict(False)]})
+    feed = Feed(path)
+    feed.step()
+    told = prometheus.exposition(feed).decode()
+    assert 'fedkeel_release_passed{stage="production",version="1.2.0"} 0.0' in told
+    assert 'fedkeel_release_rule_passed{rule="accuracy(least=0.9)",stage="production"} 0.0' in told
+
+
 def test_half_a_count_is_not_told(tmp_path, path):
     records.many(path, 300, 10, 2)
     from fedkeel.dashboard.feed import Feed

@@ -1,8 +1,8 @@
 """Run the fenced blocks of one Markdown page in order, in the current directory, as its reader would.
 
 `python -W error play.py PAGE.md`. Python blocks share one namespace; bash blocks run by themselves; a `text` block is
-what the block before it prints (`...` stands for anything); `toml` blocks are jobs; of a
-`yaml` block, a workflow, the steps are run. A block with `title="FILE"` is
+what the block before it prints (`...` stands for anything); `toml` blocks are jobs, or a registry's
+`gate.toml`; of a `yaml` block, a workflow, the steps are run. A block with `title="FILE"` is
 that file, and is written, not run. A fence without a language is a drawing.
 """
 
@@ -73,7 +73,7 @@ def play(page: Path) -> None:
             compare(block.text, printed, where)
             printed = None
         elif block.language == "toml":
-            check_job(block.text, where)
+            (check_gate if block.title == "gate.toml" else check_job)(block.text, where)
         elif block.language == "yaml":
             for job in yaml.safe_load(block.text)["jobs"].values():
                 for step in job["steps"]:
@@ -114,6 +114,13 @@ def check_job(text: str, where: str) -> None:
         build_work(job)
         for key, kind in (("data.source", "source"), ("data.partition", "partition"), ("model.build", "model")):
             job.rule(key, kind)
+
+
+def check_gate(text: str, where: str) -> None:
+    """What a registry asks; its rules are met when something is published."""
+    from fedkeel.gate.policy import Policy
+
+    Policy.model_validate(tomllib.loads(text))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from fedkeel.ship.ledger import Ledger
 
 ROWS = 20_000  # updates read at a step, a round's more at most
 _ROUNDS = 2_000  # rounds, and evaluations, read at a step
-_FACTS = ("job", "rounds", "seed", "headline", "backend", "fedkeel", "plan")
+_FACTS = ("job", "rounds", "seed", "headline", "backend", "fedkeel", "plan", "verdicts")
 _METRICS = f"""
 WITH RECURSIVE evaluated(round) AS (
     SELECT min(round) FROM metrics WHERE round >= ?

@@ -49,6 +49,7 @@ def _families(feed: Feed) -> Iterator[Metric]:
     yield from _quality(feed)
     yield from _updates(feed.tally)
     yield from _clients(feed.tally)
+    yield from _verdicts(feed.facts.get("verdicts"))
 
 
 def _standing(tally: Tally) -> Iterator[Metric]:
@@ -107,6 +108,23 @@ def _clients(tally: Tally) -> Iterator[Metric]:
     for key, number in sorted(found.items()):
         family.add_metric(list(key), number)
     yield family
+
+
+def _verdicts(found: object) -> Iterator[Metric]:
+    """Of the release gate, the last one of each stage."""
+    from prometheus_client.core import GaugeMetricFamily
+
+    last = {verdict["stage"]: verdict for verdict in found} if isinstance(found, list) else {}
+    if last:
+        meaning = "1 where the run's model passed the gate of the stage"
+        passed = GaugeMetricFamily("fedkeel_release_passed", meaning, labels=["stage", "version"])
+        rules = GaugeMetricFamily("fedkeel_release_rule_passed", "1 where it passed the rule", labels=["stage", "rule"])
+        for stage, verdict in sorted(last.items()):
+            passed.add_metric([stage, verdict["version"]], verdict["passed"])
+            for rule in verdict["findings"]:
+                rules.add_metric([stage, rule["rule"]], rule["passed"])
+        yield passed
+        yield rules
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
