@@ -1,4 +1,4 @@
-"""What a path tells of a model: a run, a card, a state dict, safetensors, ONNX, or a module's own factory."""
+"""What a path tells of a model: a run, a release, a card, a state dict, safetensors, ONNX, a module's own factory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 
 from fedkeel.core.errors import InputError
 from fedkeel.release.contract import Contract
+from fedkeel.release.registry import Registry, parse
 from fedkeel.ship import card, tensors
 
 _PICKLED = {".pt", ".pth", ".bin", ".ckpt"}
 _WRAPPED = ("state_dict", "model_state_dict", "model")
-KINDS = "a run or model directory, card.json, .safetensors, .pt, .pth, .bin, .ckpt, .onnx, or module.py:factory"
+KINDS = (
+    "a run or model directory, a release (DIR/NAME@production), card.json, .safetensors, .pt, .pth, .bin, .ckpt, "
+    ".onnx, or module.py:factory"
+)
 
 
 def describe(reference: str) -> Contract:
@@ -31,6 +36,8 @@ def describe(reference: str) -> Contract:
         return of_module(_built(Path(file), factory, reference), reference)
     path = Path(reference)
     try:
+        if (released := parse(reference)) is not None:
+            return _of_release(*released, reference)
         if path.is_dir():
             return _of_directory(path, reference)
         if not path.is_file():
@@ -43,6 +50,12 @@ def describe(reference: str) -> Contract:
 def of_module(module: nn.Module, source: str) -> Contract:
     """What a module tells: its tensors. Its weights are fresh, so not compared."""
     return Contract(source, parameters=card.described(module.state_dict()), counters=True)
+
+
+def _of_release(place: Path, name: str | None, which: str, reference: str) -> Contract:
+    with Registry(place) as registry, TemporaryDirectory(prefix="fedkeel-") as folder:
+        made, _ = card.read(registry.checkout(registry.find(name, which), Path(folder) / "release"))
+    return Contract.of(made, reference)
 
 
 def _of_directory(path: Path, reference: str) -> Contract:
