@@ -18,8 +18,6 @@ app = typer.Typer(
 _out = Console(highlight=False, soft_wrap=True)
 
 _KINDS = "a run or model directory, a release (DIR/NAME@stage), card.json, .safetensors, .pt, .onnx, module.py:factory"
-    "a run or model directory, a release (DIR/NAME@production), card.json, .safetensors, .pt, .onnx, module.py:factory"
-)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, and nothing else, on stdout.")]
 _COLOURS = {"identical": "green", "patch": "green", "minor": "yellow", "major": "red"}
 
