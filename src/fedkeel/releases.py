@@ -147,6 +147,23 @@ def get(
 
 
 @app.command()
+def mlflow(
+    uri: Annotated[str, typer.Argument(help="The http(s) address of an MLflow server, or sqlite:///mlflow.db.")],
+    model: Annotated[str | None, typer.Option("--model", help="The model; may be left out where there is one.")] = None,
+    registry: Where = _HERE,
+) -> None:
+    """Bring MLflow's model registry to what this one says: a version a release, an alias a stage."""
+    from fedkeel.gate.mirror import mirror
+    from fedkeel.release.registry import Registry
+
+    with Registry(registry) as opened:
+        name = _one(opened, model)
+        for here, there, stages in mirror(opened, name, uri):
+            at = f" ({stages})" if stages else ""
+            _out.print(f"{escape(name)} {here} is version {there} in MLflow{at}")
+
+
+@app.command()
 def gc(
     registry: Where = _HERE,
     keep: Annotated[int, typer.Option("--keep", min=0, help="Steps back that every stage can still be rolled.")] = 3,

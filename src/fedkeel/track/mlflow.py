@@ -16,6 +16,7 @@ from fedkeel.track.points import Line, name
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
 _METRICS, _PARAMS, _VALUE, _TAG = 1000, 100, 6000, 5000  # at once, at once, characters, characters
 _DIRECTORY, _SENT, _BEGUN, _REPLACED = (f"fedkeel.{key}" for key in ("directory", "sent", "begun", "replaced"))
@@ -32,33 +33,20 @@ class MLflow:
 
     def __init__(self, uri: str, experiment: str, run: Path) -> None:
         """Raises `InputError` for an address or a name that MLflow does not take, `RunError` where it fails."""
-        _check(uri)
-        # For who set nothing else: report nothing to others, and tell soon that a server is not there.
-        for key, value in _SETTINGS.items():
-            os.environ.setdefault(key, value)
-        try:
-            from mlflow.tracking import MlflowClient
-        except ImportError:
-            raise InputError("--mlflow needs its library: pip install 'fedkeel[mlflow]'") from None
-        for noisy in ("mlflow", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        self._client = opened(uri)
         self._directory = str(run.resolve())
         self._facts: Mapping[str, Any] = {}
         self._status = ""
         self.walls: dict[int, float] = {}
         self.upto = 0
-        with _plain(InputError):
-            self._client = MlflowClient(uri)
+        with plain(InputError):
             self._experiment = self._in(experiment, uri)
             self._id = self._find()
 
     def _in(self, experiment: str, uri: str) -> str:
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
-            place = None
-            if uri.startswith("sqlite:///"):  # MLflow would take the folder that we happen to be in
-                place = (_database(uri).parent / "mlartifacts").as_uri()
-            return str(self._client.create_experiment(experiment, artifact_location=place))
+            return str(self._client.create_experiment(experiment, artifact_location=artifacts(uri)))
         if found.lifecycle_stage != "active":
             raise InputError(f"--experiment '{experiment}' was deleted: restore it in MLflow, or name another")
         return str(found.experiment_id)
@@ -83,7 +71,7 @@ class MLflow:
         self._facts = facts
 
     def rewind(self, round: int) -> None:
-        with _plain():
+        with plain():
             self._client.set_tag(self._id, _REPLACED, "by a later run of the same directory")
             self._client.set_terminated(self._id, "KILLED")
         self._id, self.walls, self.upto = "", {}, 0
@@ -107,7 +95,7 @@ class MLflow:
             for key, value in line.values.items()
         ]
         params = [Param(key, value) for key, value in _params(self._facts.get("settings"))] if not self.upto else []
-        with _plain():
+        with plain():
             if not self._id:
                 self._begin(lines[0].wall)
             for first in range(0, len(params), _PARAMS):
@@ -124,7 +112,7 @@ class MLflow:
         """Tell RUNNING, FINISHED or FAILED, and keep the files of a run that is over."""
         if not self._id:
             return
-        with _plain():
+        with plain():
             if status == "FINISHED":
                 self._keep(run)
             if status != self._status and status == "RUNNING":
@@ -142,6 +130,29 @@ class MLflow:
                 there[folder] = {file.path: file.file_size or 0 for file in kept}
             if there[folder].get(path.relative_to(run).as_posix()) != path.stat().st_size:
                 self._client.log_artifact(self._id, str(path), folder or None)
+
+
+def opened(uri: str) -> MlflowClient:
+    """A client of MLflow. Raises `InputError` for an address that it does not take, or where it is not installed."""
+    _check(uri)
+    # For who set nothing else: report nothing to others, and tell soon that a server is not there.
+    for key, value in _SETTINGS.items():
+        os.environ.setdefault(key, value)
+    try:
+        from mlflow.tracking import MlflowClient
+    except ImportError:
+        raise InputError("--mlflow needs its library: pip install 'fedkeel[mlflow]'") from None
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with plain(InputError):
+        return MlflowClient(uri)
+
+
+def artifacts(uri: str) -> str | None:
+    """Where the files of a new experiment go; None: where the server says."""
+    if uri.startswith("sqlite:///"):  # MLflow would take the folder that we happen to be in
+        return (_database(uri).parent / "mlartifacts").as_uri()
+    return None
 
 
 def _check(uri: str) -> None:
@@ -162,7 +173,7 @@ def _database(uri: str) -> Path:
 
 
 @contextmanager
-def _plain(kind: type[FedkeelError] = RunError) -> Iterator[None]:
+def plain(kind: type[FedkeelError] = RunError) -> Iterator[None]:
     """MLflow's own exceptions in a sentence."""
     from mlflow.exceptions import MlflowException
 
