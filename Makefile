@@ -26,7 +26,7 @@ fmt: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/fedkeel/kernels/c/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,seglearn,adapters,deploy,dashboard,mlflow,tensorboard,privacy,export]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,seglearn,adapters,deploy,dashboard,mlflow,tensorboard,privacy,export,signing]'
 	touch $@
 
 bench: $(STAMP)

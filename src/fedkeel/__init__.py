@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fedkeel.core.types import View as View
     from fedkeel.gate.evidence import Evidence as Evidence
     from fedkeel.gate.evidence import Finding as Finding
+    from fedkeel.gate.signing import load_model as load_model
     from fedkeel.probing import Cell as Cell
     from fedkeel.probing import Probe as Probe
     from fedkeel.probing import probe as probe
@@ -74,6 +75,7 @@ _HOMES = {
     "fedkeel.core.types": ("Codec", "Cohort", "Decision", "Local", "Refusal", "ServerState", "Update", "View"),
     "fedkeel.probing": ("Cell", "Probe", "probe"),
     "fedkeel.gate.evidence": ("Evidence", "Finding"),
+    "fedkeel.gate.signing": ("load_model",),
     "fedkeel.ship.card": ("Feature",),
     "fedkeel.world.pool": ("Pool", "Split"),
     "fedkeel.world.record": ("Progress",),

@@ -47,6 +47,7 @@ def publish(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
     to: Annotated[str, typer.Option("--to", help="The stage: candidate, staging or production.")],
     registry: Where = _HERE,
+    key: Annotated[Path | None, typer.Option("--key", help="The secret key to sign it with.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a run's model; promote it, or block it with exit code 1 and the reasons."""
@@ -58,7 +59,7 @@ def publish(
         _out.print(f"  {mark}  {escape(rule)}: {escape(finding.text)}")
 
     with Registry(registry) as opened:
-        verdict = judged(run, to, opened, None if as_json else told)
+        verdict = judged(run, to, opened, None if as_json else told, key)
     if as_json:
         _out.print_json(json.dumps(verdict.to_dict()))
     elif verdict.passed:
@@ -179,15 +180,39 @@ def gc(
 @app.command()
 def verify(
     path: Annotated[str, typer.Argument(help="What is served: a model directory, or a file with the weights.")],
-    expect: Annotated[str, typer.Option("--expect", help="A fingerprint, or a release: DIR/NAME@production.")],
+    expect: Annotated[
+        str | None, typer.Option("--expect", help="A fingerprint, or a release: DIR/NAME@production.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="The public key that it must be signed with.")] = None,
 ) -> None:
-    """Exit with 1 where what is served is not what was released."""
+    """Exit with 1 where what is served is not what was released, or not signed with the key."""
+    from fedkeel.core.errors import InputError
+    from fedkeel.gate import signing
     from fedkeel.gate.serving import drift
 
-    if why := drift(path, expect):
+    if expect is None and key is None:
+        raise InputError("there is nothing to verify by: name --expect, --key, or both")
+    why = None if expect is None else drift(path, expect)
+    if why is None and key is not None:
+        if not key.is_file():
+            raise InputError(f"key '{key}' does not exist: name the public one of the pair")
+        try:
+            signing.load_model(path, key)
+        except InputError as error:
+            why = str(error)
+    if why:
         _out.print(f"[red]not what was released:[/] {escape(why)}")
         raise typer.Exit(1)
     _out.print("[green]it is what was released[/]")
+
+
+@app.command()
+def keys(directory: Annotated[Path, typer.Argument(help="Where the pair is written.")]) -> None:
+    """Make a pair of keys: one to sign releases with, one to verify them."""
+    from fedkeel.gate.signing import make_keys
+
+    secret, public = make_keys(directory)
+    _out.print(f"keep {escape(str(secret))} to yourself; {escape(str(public))} is for who verifies")
 
 
 @app.command()

@@ -21,6 +21,8 @@ DEFAULT = """\
 # Python files with rules of your own.
 plugins = []
 
+# The public key that releases must be signed with; `fedkeel release keys` makes a pair: signed = "release.pub"
+
 [tell]
 # A file that Prometheus' node exporter collects: metrics = "/var/lib/node_exporter/fedkeel.prom"
 # Whom to tell each verdict, signed with the secret in FEDKEEL_WEBHOOK_SECRET: webhook = "https://..."
@@ -71,6 +73,7 @@ class Policy(_Part):
     """The file as it is written."""
 
     plugins: tuple[str, ...] = ()
+    signed: str | None = None
     tell: Tell = Tell()
     candidate: Stage
     staging: Stage

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedkeel.api import Run
 from fedkeel.core.errors import FedkeelError, InputError, RunError, nearest
-from fedkeel.gate import policy, tell
+from fedkeel.gate import policy, signing, tell
 from fedkeel.gate.evidence import Evidence, Finding
 from fedkeel.gate.verdict import Verdict, judge, verdict_of
-from fedkeel.release.registry import STAGES, Registry
+from fedkeel.release.registry import SIGNATURE, STAGES, Registry
 from fedkeel.release.store import measured
 
 VERDICTS = "verdicts"
@@ -19,18 +22,26 @@ _REGISTRY = "registry"
 
 
 def publish(
-    run: Path | str, to: str, registry: Registry, watch: Callable[[str, Finding], None] | None = None
+    run: Path | str,
+    to: str,
+    registry: Registry,
+    watch: Callable[[str, Finding], None] | None = None,
+    key: Path | None = None,
 ) -> Verdict:
     """Judge a finished run, and let the stage `to` point at its model if it passes.
 
     The verdict is in the registry's history and the run's ledger either way, then in the metrics file and with the
-    webhook that `gate.toml` names. `watch` is told each finding as it comes. Raises `InputError` for what cannot be
-    judged at all, `RunError` where the verdict stands and could not be told.
+    webhook that `gate.toml` names. `watch` is told each finding as it comes; `key` signs the release. Raises
+    `InputError` for what cannot be judged at all, `RunError` where the verdict stands and could not be told.
     """
     if to not in STAGES:
         raise InputError(f"stage '{to}' is unknown: {nearest(to, STAGES)}")
     asked = policy.read(registry)
     tell.check(asked.tell)
+    if asked.signed is not None and key is None:
+        raise InputError(f"releases of registry '{registry.path}' are signed: name the secret key with --key")
+    if key is not None:
+        signing.check_key(key)
     opened = Run(run)
     if not opened.done:
         raise InputError(f"run '{opened.path}' holds no model yet: resume it until it is done")
@@ -45,12 +56,12 @@ def publish(
     print_of = _fingerprint(evidence)
     verdict = verdict_of(evidence, findings, print_of)
     if verdict.passed:
-        job = evidence.job
         try:
-            registry.publish(
-                job.name, job.model.version, print_of, released, to, verdict.to_dict(), verdict.against, judged
-            )
-        except InputError as error:  # others were faster, or the version is taken
+            with _signed(released, key, registry, asked.signed) as (files, signature):
+                told, against = verdict.to_dict(), verdict.against
+                name, version = verdict.model, verdict.version
+                registry.publish(name, version, print_of, files, to, told, against, judged, signature)
+        except InputError as error:  # others were faster, the version is taken, or the key is another
             findings.append((_REGISTRY, Finding(False, str(error))))
             verdict = verdict_of(evidence, findings, print_of)
             if watch:
@@ -60,6 +71,26 @@ def publish(
     _record(opened, verdict)
     tell.everybody(asked.tell, registry, verdict)
     return verdict
+
+
+@contextmanager
+def _signed(
+    files: Mapping[str, Path], key: Path | None, registry: Registry, public: str | None
+) -> Iterator[tuple[Mapping[str, Path], Path | None]]:
+    """The files, and their signature, found good where the registry says whose it must be; None without a key."""
+    if key is None:
+        yield files, None
+        return
+    with TemporaryDirectory(prefix="fedkeel-") as folder:
+        place = Path(folder)
+        copies = {name: place / name for name in files}  # what is signed is what is taken in
+        for name, path in files.items():
+            copies[name].parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copies[name])
+        signing.sign(place, key, place / SIGNATURE)
+        if public is not None:
+            signing.verify(place, registry.path / public)
+        yield copies, place / SIGNATURE
 
 
 def _files(run: Run) -> dict[str, Path]:

@@ -23,12 +23,13 @@ from fedkeel.release.store import Store, Stored
 
 STAGES = ("candidate", "staging", "production")
 INDEX = "index.sqlite"
+SIGNATURE = "model.sig"
 _APPLICATION = 0x66656B72  # "fekr"
 _SCHEMA = 1
 _TABLES = """
 CREATE TABLE releases(
     id TEXT PRIMARY KEY, name TEXT NOT NULL, version TEXT NOT NULL, fingerprint TEXT NOT NULL, added REAL NOT NULL,
-    files TEXT NOT NULL, kept INTEGER NOT NULL, UNIQUE(name, version)) WITHOUT ROWID;
+    files TEXT NOT NULL, kept INTEGER NOT NULL, signature TEXT, UNIQUE(name, version)) WITHOUT ROWID;
 CREATE TABLE stages(
     name TEXT NOT NULL, stage TEXT NOT NULL, release TEXT NOT NULL REFERENCES releases,
     PRIMARY KEY(name, stage)) WITHOUT ROWID;
@@ -42,7 +43,8 @@ CREATE TABLE moves(
 class Release:
     """A model that was let in: its files never change. `id` is the SHA-256 of name, version and all contents.
 
-    `kept`: the contents are there; garbage collection drops those of releases that no stage needs.
+    `kept`: the contents are there; garbage collection drops those of releases that no stage needs. `signature`: of all
+    files, where it was signed; it may be given later, and is no part of the id.
     """
 
     id: str
@@ -52,6 +54,12 @@ class Release:
     added: float
     files: Mapping[str, Stored]
     kept: bool = True
+    signature: Stored | None = None
+
+    @property
+    def contents(self) -> dict[str, Stored]:
+        """The files, and the signature of them."""
+        return {**self.files, **({SIGNATURE: self.signature} if self.signature else {})}
 
 
 class Move(NamedTuple):
@@ -181,8 +189,8 @@ class Registry:
             raise InputError(f"'{release.name}' {release.version} was collected: publish its run again")
         temporary = into.with_name(f".{into.name}.{os.getpid()}.part")
         try:
-            for file, stored in release.files.items():
-                target = temporary / _inside(file)
+            for file, stored in release.contents.items():
+                target = temporary / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.store.copy(stored, target, _what(release, file))
             os.rename(temporary, into)
@@ -196,7 +204,7 @@ class Registry:
         """Every content of every kept release, read and compared: what is wrong, in words."""
         problems = []
         for release in map(_release, self._rows("SELECT * FROM releases WHERE kept ORDER BY name, added")):
-            for file, stored in release.files.items():
+            for file, stored in release.contents.items():
                 try:
                     self.store.check(stored, _what(release, file))
                 except InputError as error:
@@ -215,6 +223,7 @@ class Registry:
         verdict: Mapping[str, Any],
         expected: str | None,
         judged: Mapping[str, Stored] | None = None,
+        signature: Path | None = None,
     ) -> Release:
         """Take the files in and let the stage point at them.
 
@@ -228,6 +237,9 @@ class Registry:
                 raise InputError(f"files of '{name}' {version} were changed while they were judged: publish them again")
             release = Release(identity(name, version, stored), name, version, fingerprint, time.time(), stored)
             self._let_in(release)
+            if signature is not None:
+                signed = json.dumps(self.store.put(signature))
+                self._db.execute("UPDATE releases SET signature = ? WHERE id = ?", (signed, release.id))
             now = self.at(name, stage)
             if (now.id if now else None) != expected:
                 moved = f"{now.version} is in {stage} now" if now else f"nothing is in {stage} now"
@@ -250,7 +262,7 @@ class Registry:
             release = self.find(name, stack[-2])
             if not release.kept:
                 raise InputError(f"'{name}' {release.version} was collected: publish its run again")
-            for file, content in release.files.items():
+            for file, content in release.contents.items():
                 self.store.check(content, _what(release, file))
             self._point(release, stage, "rolled back", stack[-1], None)
         return release
@@ -269,7 +281,7 @@ class Registry:
             self._db.executemany("UPDATE releases SET kept = 0 WHERE id = ?", dropped)
         with self._writing():  # the index is on the disk without them: now they can go, and nobody adds meanwhile
             kept = map(_release, self._rows("SELECT * FROM releases WHERE kept"))
-            freed = self.store.collect({stored.digest for release in kept for stored in release.files.values()})
+            freed = self.store.collect({stored.digest for release in kept for stored in release.contents.values()})
         return len(dropped), freed
 
     def _let_in(self, release: Release) -> None:
@@ -282,7 +294,7 @@ class Registry:
             )
         files = json.dumps(release.files, sort_keys=True)
         row = (release.id, release.name, release.version, release.fingerprint, release.added, files)
-        self._db.execute("INSERT INTO releases VALUES (?,?,?,?,?,?,1) ON CONFLICT(id) DO UPDATE SET kept = 1", row)
+        self._db.execute("INSERT INTO releases VALUES (?,?,?,?,?,?,1,NULL) ON CONFLICT(id) DO UPDATE SET kept = 1", row)
 
     def _point(
         self, release: Release, stage: str, kind: str, previous: str | None, verdict: Mapping[str, Any] | None
@@ -347,14 +359,15 @@ def parse(reference: str) -> tuple[Path, str | None, str] | None:
 def _release(row: Sequence[Any]) -> Release:
     """Raises `InputError` where the row is not what was written."""
     try:
-        id, name, version, fingerprint, added, files, kept = row
+        id, name, version, fingerprint, added, files, kept, signature = row
         listed = {_inside(file): Stored(str(digest), int(size)) for file, (digest, size) in json.loads(files).items()}
+        signed = None if signature is None else Stored._make(json.loads(signature))
         sound = identity(name, version, listed) == id
     except (ValueError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise InputError("the registry's index lists other files than were released: restore the registry from a copy")
-    return Release(id, name, version, fingerprint, added, listed, bool(kept))
+    return Release(id, name, version, fingerprint, added, listed, bool(kept), signed)
 
 
 def _move(row: Sequence[Any]) -> Move:
@@ -365,7 +378,7 @@ def _move(row: Sequence[Any]) -> Move:
 def _inside(file: str) -> str:
     """A name within a release: it leads nowhere else. Raises `InputError`."""
     parts = file.split("/")
-    if "\\" in file or "\0" in file or any(part in ("", ".", "..") for part in parts):
+    if file == SIGNATURE or "\\" in file or "\0" in file or any(part in ("", ".", "..") for part in parts):
         raise InputError(f"a release cannot hold a file {file!r}: name it within the release")
     return file
 
