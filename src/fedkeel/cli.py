@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedkeel import deployment, live, releases, versions
+from fedkeel import deployment, exporting, live, releases, versions
 
 if TYPE_CHECKING:
     from fedkeel.api import Run
@@ -31,6 +31,7 @@ app.add_typer(versions.app, name="model")
 app.add_typer(releases.app, name="release")
 app.command()(deployment.server)
 app.command()(deployment.client)
+app.command()(exporting.export)
 app.command()(live.dashboard)
 app.command()(live.track)
 _out = Console(highlight=False, soft_wrap=True)
