@@ -25,6 +25,7 @@ import defence_tables
 import deployment
 import detection
 import dpsgd
+import edge
 import localwork
 import methods
 import niid
@@ -104,6 +105,7 @@ def write_tables() -> None:
     if compression.RESULTS.exists():  # by benchmarks/compression.py
         text = replaced(text, "compression", compression.table(resumable.read(compression.RESULTS)))
     text = replaced(text, "dpsgd", dpsgd.table(results["dpsgd"])) if "dpsgd" in results else text
+    text = replaced(text, "edge", edge.table(results["edge"])) if "edge" in results else text
     text = replaced(text, "secagg", secagg.table(results["secagg"])) if "secagg" in results else text
     text = replaced(text, "week", week.table(results["week"])) if "week" in results else text
     text = replaced(text, "deployment", deployment.table(results["deployment"])) if "deployment" in results else text

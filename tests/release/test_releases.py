@@ -195,7 +195,7 @@ _ENDLESS = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_registry import publish, Registry
+from test_releases import publish, Registry
 with Registry(Path({place!r}) / "r", create=True) as registry:
     at = len(registry.releases("ward"))
     print("ready", flush=True)
