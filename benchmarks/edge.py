@@ -120,7 +120,7 @@ def measured(name: str, folder: Path, threads: int, seconds: float) -> list[dict
     lines = []
     for target in TARGETS:
         found = export(run, target, calibration=CALIBRATION, threads=threads, seconds=seconds).to_dict()
-        line = {"model": name, "flops": counter.get_total_flops(), **found}
+        line: dict[str, Any] = {**found, "model": name, "flops": counter.get_total_flops()}
         del line["by"]
         print(json.dumps({key: line[key] for key in ("model", "target", "scheme", "latency_ms", "parity", "bytes")}))
         lines.append(line)
