@@ -17,6 +17,7 @@ import pytest
 import fedkeel
 from fedkeel import plugins
 from fedkeel.core.errors import InputError, RunError
+from fedkeel.edge.export import Limits, export
 from fedkeel.gate import policy, tell
 from fedkeel.gate.publish import publish
 from fedkeel.gate.serving import drift
@@ -265,6 +266,35 @@ def test_versions_with_other_columns_and_labels_are_compared_on_the_same_example
         ward("data.source=patients(columns=5, labels=4)", "model.version=1.4.0"), tmp_path / "third", with_report=False
     ).path
     assert "minor: " in reasons(publish(third, "production", registry))
+
+
+def test_an_export_is_judged_and_released_with_its_model(good: Path, registry: Registry, tmp_path: Path):
+    run = copied(good, tmp_path)
+    asked(registry, "exported", "fingerprint")
+    assert "is no report of an export: fedkeel export RUN --target onnx-int8" in reasons(
+        publish(run, "candidate", registry)
+    )
+    export(run, "onnx-int8", seconds=0.05, limits=Limits(0.05, 0.05))
+    asked(registry, "exported(lost=0.05, changed=0.05)", "fingerprint")
+    verdict = publish(run, "production", registry)
+    assert verdict.passed, verdict.reasons
+    assert "of predictions agree" in verdict.findings[0][1].text
+    served = registry.checkout(registry.find("ward", "production"), tmp_path / "served")
+    model = served / "exports" / "onnx-int8" / "model.onnx"
+    assert drift(str(model), f"{registry.path}/ward") is None
+    whole = model.read_bytes()
+    model.chmod(0o644)
+    model.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert drift(str(model), f"{registry.path}/ward") is not None
+    asked(registry, "exported(lost=0.05, changed=0.05, lower=1.0)")
+    assert "lower latency; asked 5, 95%, 100%" in reasons(publish(run, "staging", registry))
+    exports = run / "exports" / "onnx-int8"
+    asked(registry, "exported(lost=0.05, changed=0.05)")
+    (exports / "model.onnx").write_bytes(whole + b"\x00")
+    assert "model.onnx is not that of its export.json" in reasons(publish(run, "staging", registry))
+    (exports / "model.onnx").write_bytes(whole)
+    change(run, version="1.0.1")
+    assert "it was exported from another model" in reasons(publish(run, "staging", registry))
 
 
 RULES = """

@@ -109,7 +109,7 @@ def test_marks_change_what_they_name_and_nothing_else():
 def test_every_rule_of_the_gate_is_in_a_test():
     tested = {
         *("metadata", "fingerprint", "version", "compatible", "configuration", "figures", "accuracy", "groups"),
-        *("worst_decile", "calibration", "not_worse", "no_label_worse", "refused", "backdoor", "budget"),
+        *("worst_decile", "calibration", "not_worse", "no_label_worse", "refused", "backdoor", "budget", "exported"),
     }
     assert {name for name in names("gate") if name not in ("never", "broken", "silent")} == tested
     assert repr(parse("gate", "not_worse(margin=0.02)")) == "not_worse(margin=0.02)"

@@ -141,6 +141,20 @@ def export(
     return replace(found, path=place)
 
 
+def read_report(place: Path) -> dict[str, Any]:
+    """The report of an export, as `Exported.to_dict` gives it. Raises `InputError` where there is none."""
+    path = place / REPORT
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        shares = found["latency_ms"]["lower"], found["parity"]["most"]
+        sound = all(isinstance(share, float) for share in shares) and {"model", "weights", "card"} <= found.keys()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise InputError(f"'{path}' is no report of an export: fedkeel export RUN --target {place.name}")
+    return found
+
+
 @dataclass
 class _Work:
     federation: Federation

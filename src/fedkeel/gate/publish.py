@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from fedkeel.api import Run
 from fedkeel.core.errors import FedkeelError, InputError, RunError, nearest
+from fedkeel.edge.export import MODEL, REPORT
 from fedkeel.gate import policy, signing, tell
 from fedkeel.gate.evidence import Evidence, Finding
 from fedkeel.gate.verdict import Verdict, judge, verdict_of
@@ -85,7 +86,7 @@ def _signed(
         place = Path(folder)
         copies = {name: place / name for name in files}  # what is signed is what is taken in
         for name, path in files.items():
-            copies[name].parent.mkdir(exist_ok=True)
+            copies[name].parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copies[name])
         signing.sign(place, key, place / SIGNATURE)
         if public is not None:
@@ -94,12 +95,15 @@ def _signed(
 
 
 def _files(run: Run) -> dict[str, Path]:
-    """What a release holds: the model, its card, its job, and the code that the job names."""
+    """What a release holds: the model, its card, its job, the code that the job names, and what was exported."""
     found = {name: run.dir.model / name for name in ("card.json", "model.safetensors")}
     found["job.toml"] = run.dir.job
     code = run.path / "plugins"
     if code.is_dir():
         found |= {f"plugins/{path.name}": path for path in sorted(code.glob("*.py"))}
+    for place in sorted((run.path / "exports").glob("*")) if (run.path / "exports").is_dir() else ():
+        if not place.name.startswith("."):  # that one is being written, or was left
+            found |= {f"exports/{place.name}/{name}": place / name for name in (MODEL, REPORT)}
     return found
 
 

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from fedkeel.core.errors import InputError
 from fedkeel.core.registry import rule
+from fedkeel.edge.export import MODEL, REPORT, read_report
+from fedkeel.edge.measure import Session, parity
 from fedkeel.gate.evidence import Answers, Evidence, Figure, Finding
 from fedkeel.release.compare import compare
 from fedkeel.release.contract import Contract
+from fedkeel.release.store import measured
 from fedkeel.ship import card, tensors
 from fedkeel.world.evaluation import CLIENTS, GLOBAL, GROUP, Z95
 
@@ -249,6 +252,37 @@ def budget(evidence: Evidence, *, epsilon: Positive | None = None, delta: Positi
     fits = fits and (delta is None or told.delta <= delta)
     bound = f", at most {min(bounds):g}" if bounds else ""
     return Finding(fits, f"epsilon {spent:.4g} spent at delta {told.delta:g}{bound}", {"epsilon": spent})
+
+
+@rule("gate")
+def exported(
+    evidence: Evidence, *, target: str = "onnx-int8", lost: Share = 0.005, changed: Share = 0.01, lower: Share = 0.0
+) -> Finding:
+    """The run's export to `target` is of this model, loses and changes at most so much, and is faster by `lower`.
+
+    Parity is measured anew on the test set; the latency, lower than eager PyTorch's by so large a share, is that which
+    `fedkeel export` measured where it ran.
+    """
+    place = evidence.run.path / "exports" / target
+    told = read_report(place)
+    if told["model"] != measured(place / MODEL).digest:
+        return Finding(False, f"{MODEL} is not that of its {REPORT}: export it again")
+    if (told["weights"], told["card"]) != (evidence.card.lineage.fingerprint, evidence.card.digest):
+        return Finding(False, "it was exported from another model: export it again")
+    pool, federation = evidence.federation.pool, evidence.federation
+    x, classes = pool.prepare(pool.test_x), "classes" in federation.work.loss.definition.traits
+    theirs = federation.answers(evidence.theta, pool.test_x, pool.prepare)
+    found = parity(Session(place / MODEL).answers(x), theirs, pool.test_y, classes)
+    faster = told["latency_ms"]["lower"]
+    if found.lost is None or found.agreement is None:
+        text = f"outputs differ by {found.most:.2g} at most, {faster:.0%} lower latency, asked {lower:.0%}"
+        return Finding(faster >= lower, text, {"most": found.most, "lower": faster})
+    text = (
+        f"{100 * found.lost:+.2f} points lost, {found.agreement:.2%} of predictions agree, {faster:.0%} lower latency; "
+        f"asked {100 * lost:g}, {1 - changed:.0%}, {lower:.0%}"
+    )
+    passed = found.lost <= lost and found.agreement >= 1 - changed and faster >= lower
+    return Finding(passed, text, {"lost": found.lost, "agreement": found.agreement, "lower": faster})
 
 
 def _paired(evidence: Evidence, answers: Answers, mask: Tensor | None) -> tuple[float, float, int]:

@@ -288,7 +288,7 @@ class Registry:
         """Raises `InputError` where the version is taken by another release."""
         taken = [one for one in self.releases(release.name) if one.version == release.version]
         if taken and taken[0].id != release.id:
-            what = "other weights" if taken[0].fingerprint != release.fingerprint else "another card or job"
+            what = "other weights" if taken[0].fingerprint != release.fingerprint else "another card, job or export"
             raise InputError(
                 f"'{release.name}' {release.version} is released already, with {what}: raise model.version"
             )
