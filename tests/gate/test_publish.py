@@ -7,6 +7,8 @@ import hmac
 import http.server
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -295,6 +297,42 @@ def test_an_export_is_judged_and_released_with_its_model(good: Path, registry: R
     (exports / "model.onnx").write_bytes(whole)
     change(run, version="1.0.1")
     assert "it was exported from another model" in reasons(publish(run, "staging", registry))
+
+
+NETWORK = """
+import torch
+import fedkeel
+
+@fedkeel.rule("model")
+def own_network(inputs, classes):
+    "A net whose code changes and whose name does not."
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 24), {activation}, torch.nn.Linear(24, classes))
+"""
+
+
+def test_the_standing_model_answers_by_the_code_that_it_was_released_with(tmp_path: Path):
+    """A plugin of before and one of now register the same name: each model is asked with its own."""
+    for version, activation in (("1.0.0", "torch.nn.ReLU()"), ("1.0.1", "torch.nn.Hardtanh(0.0, 1e-6)")):
+        (tmp_path / version).mkdir()
+        plugin = tmp_path / version / "net.py"
+        plugin.write_text(NETWORK.format(activation=activation))
+        text = job(f"model.version={version}", "model.build=own_network").to_toml()
+        (tmp_path / f"{version}.toml").write_text(text.replace("plugins = []", f'plugins = ["{version}/net.py"]'))
+        command = [sys.executable, "-m", "fedkeel", "run", f"{version}.toml", "--out", f"run-{version}"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    with Registry(tmp_path / "registry", create=True) as registry:
+        asked(registry, "fingerprint", "version", "configuration", "not_worse(margin=0.01)", "no_label_worse")
+    code = [sys.executable, "-m", "fedkeel", "release", "publish", "--to", "production", "--registry", "registry"]
+    first = subprocess.run([*code, "run-1.0.0"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stdout + first.stderr
+    second = subprocess.run([*code, "run-1.0.1", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    found = {finding["rule"]: finding for finding in json.loads(second.stdout)["findings"]}
+    told = fedkeel.Run(tmp_path / "run-1.0.0").final(), fedkeel.Run(tmp_path / "run-1.0.1").final()
+    assert told[0] is not None
+    assert told[1] is not None
+    difference = found["not_worse(margin=0.01)"]["figures"]["difference"]
+    assert difference == pytest.approx(told[1]["value"] - told[0]["value"], abs=1e-6)
 
 
 RULES = """

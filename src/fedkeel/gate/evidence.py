@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fedkeel import plugins
@@ -17,16 +17,16 @@ from fedkeel.api import Run
 from fedkeel.config import Job, load
 from fedkeel.core.errors import InputError
 from fedkeel.core.types import LOST, ServerState
+from fedkeel.gate import standing
 from fedkeel.release.compare import compare
 from fedkeel.release.contract import Contract
 from fedkeel.release.difference import Comparison
 from fedkeel.release.registry import Registry, Release
 from fedkeel.ship import card as cards
 from fedkeel.ship.card import ModelCard
-from fedkeel.world.bridge import bridged
-from fedkeel.world.carded import interface, make_card
+from fedkeel.world.carded import make_card
 from fedkeel.world.evaluation import CLIENT
-from fedkeel.world.federation import Federation, Held
+from fedkeel.world.federation import Federation
 
 
 class Finding(NamedTuple):
@@ -143,12 +143,14 @@ class Evidence:
         release = self.standing
         if release is None:
             return None
-        with TemporaryDirectory(prefix="fedkeel-") as folder:
-            place = self._registry.checkout(release, Path(folder) / "release")
+        with self._checked_out(release) as place:
             made, named = cards.read(place)
-            job = load(place / "job.toml")
-            plugins.load(job.plugins)
-        return Current(release, made, named, job)
+            return Current(release, made, named, load(place / "job.toml"))
+
+    @contextmanager
+    def _checked_out(self, release: Release) -> Iterator[Path]:
+        with TemporaryDirectory(prefix="fedkeel-") as folder:
+            yield self._registry.checkout(release, Path(folder) / "release")
 
     @cached_property
     def comparison(self) -> Comparison | None:
@@ -172,21 +174,10 @@ class Evidence:
         mine = federation.answers(self.theta, pool.test_x, pool.prepare)
         if self.current is None:
             return Answers(pool.test_y, mine, None)
-        other, made = self._other()
-        known = torch.ones(len(pool.test_y), dtype=torch.bool)
-        if pool.classes and other.pool.classes < pool.classes:
-            known = (pool.test_y < other.pool.classes).reshape(len(known), -1).all(dim=1)
-        theirs = other.answers(_vector(other, made), other.pool.test_x, other.pool.prepare)
+        with self._checked_out(self.current.release) as place:
+            theirs = standing.answers(place, pool, self.card.preprocessing)
+        known = standing.known(pool.test_y, self.current.card)
         return Answers(pool.test_y[known], mine[known], theirs)
-
-    def _other(self) -> tuple[Federation, Mapping[str, Tensor]]:
-        """A federation of the model at the stage, whose test set is this run's."""
-        current, federation = self.current, self.federation
-        assert current is not None
-        if interface(federation, self.card.lineage).layout_digest == current.card.layout_digest:
-            return federation, current.named
-        held = Held(federation.pool, federation.members, federation.data, federation.holdout)
-        return bridged(current.job, held, current.card), current.named
 
     def figures(self, name: str) -> dict[str, Figure]:
         """Scope -> the figure of that name in the last round that was measured; clients one by one left out."""

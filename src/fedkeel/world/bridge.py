@@ -41,15 +41,15 @@ def bridged(job: Job, held: Held, offered: ModelCard) -> Federation:
     """
     features, labels = offered.inputs[0].features, offered.labels
     classes = len(labels) or held.pool.classes
-    columns = _columns(held.pool.features, features)
-    x, y = _examples(held.pool.x, held.pool.y, columns, classes)
-    test_x, test_y = _examples(held.pool.test_x, held.pool.test_y, columns, classes)
+    places = columns(held.pool.features, features)
+    x, y = examples(held.pool.x, held.pool.y, places, classes)
+    test_x, test_y = examples(held.pool.test_x, held.pool.test_y, places, classes)
     if not len(y) or not len(test_y):
         raise InputError(f"this client has examples of none of the server's labels ({', '.join(labels[:5])})")
     pool = Pool(x, y, test_x, test_y, classes, held.pool.prepare, labels=labels, features=features)
-    data = _adapted(held.data, columns, classes)
+    data = _adapted(held.data, places, classes)
     assert data is not None
-    made = Federation.made(job, Held(pool, held.members, data, _adapted(held.holdout, columns, classes)))
+    made = Federation.made(job, Held(pool, held.members, data, _adapted(held.holdout, places, classes)))
     if made.layout.digest != offered.layout_digest:
         theirs = untrained(offered, "the server")
         reason = _why(compare(contract(made, "this client"), theirs)) or "its tensors are others"
@@ -66,7 +66,7 @@ def _why(found: Comparison) -> str | None:
     return worst[0] + f", and {len(worst) - 1} more" * (len(worst) > 1)
 
 
-def _columns(mine: Sequence[Feature], theirs: Sequence[Feature]) -> list[int | float] | None:
+def columns(mine: Sequence[Feature], theirs: Sequence[Feature]) -> list[int | float] | None:
     """Of each feature of the server: its place among the client's, or what stands for it. None: they are the same."""
     if [one.name for one in mine] == [one.name for one in theirs]:
         return None
@@ -82,24 +82,25 @@ def _columns(mine: Sequence[Feature], theirs: Sequence[Feature]) -> list[int | f
     return found
 
 
-def _examples(x: Tensor, y: Tensor, columns: list[int | float] | None, classes: int) -> tuple[Tensor, Tensor]:
-    if columns is not None:
+def examples(x: Tensor, y: Tensor, places: list[int | float] | None, classes: int) -> tuple[Tensor, Tensor]:
+    """Examples with a model's columns, where they are others, and of its labels alone."""
+    if places is not None:
         x = torch.stack(
-            [x[:, c].to(torch.float32) if isinstance(c, int) else torch.full((len(x),), c) for c in columns], dim=1
+            [x[:, c].to(torch.float32) if isinstance(c, int) else torch.full((len(x),), c) for c in places], dim=1
         )
-    known = _known(y, classes)
-    return (x, y) if bool(known.all()) else (x[known], y[known])
+    kept = known(y, classes)
+    return (x, y) if bool(kept.all()) else (x[kept], y[kept])
 
 
-def _adapted(data: ClientData | None, columns: list[int | float] | None, classes: int) -> ClientData | None:
+def _adapted(data: ClientData | None, places: list[int | float] | None, classes: int) -> ClientData | None:
     if data is None:
         return None
-    x, y = _examples(data.x, data.y, columns, classes)
-    counts = torch.cat([torch.zeros(1, dtype=torch.int64), _known(data.y, classes).cumsum(0)])
+    x, y = examples(data.x, data.y, places, classes)
+    counts = torch.cat([torch.zeros(1, dtype=torch.int64), known(data.y, classes).cumsum(0)])
     return ClientData(x, y, counts[data.offsets], data.prepare)
 
 
-def _known(y: Tensor, classes: int) -> Tensor:
+def known(y: Tensor, classes: int) -> Tensor:
     """Which examples have a label of the model; all where they have no labels."""
     if y.is_floating_point() or not classes:
         return torch.ones(len(y), dtype=torch.bool)
