@@ -102,8 +102,9 @@ def job(name: str) -> fedkeel.Job:
             "train.lr=0.05",
         ],
         "resnet18_224": [
-            *("data.source=fashion_sized(side=224, train=400, test=400)", "model.build=resnet18", "rounds=2"),
-            "train.lr=0.02",
+            *("data.source=fashion_sized(side=224, train=1200, test=400)", "model.build=resnet18", "rounds=3"),
+            "train.lr=0.05",
+            "train.batch_size=20",
         ],
     }[name]
     common = ["data.clients=4", "data.partition=iid", "train.batch_size=50", "train.backend=loop"]
@@ -160,13 +161,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", action="append", choices=list(NAMES), help="these models; all when left out")
+    parser.add_argument(
+        "--only", action="append", choices=list(NAMES), help="these models, beside the others' lines in the file"
+    )
     parser.add_argument("--json", type=Path, default=HERE / "results" / "edge.json")
     args = parser.parse_args()
     load, lines = os.getloadavg()[0], list[dict[str, Any]]()
+    if args.only and args.json.exists():
+        lines = [line for line in json.loads(args.json.read_text())["lines"] if line["model"] not in args.only]
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only or NAMES:
             lines += measured(name, Path(folder), args.threads, args.seconds)
+    lines.sort(key=lambda line: list(NAMES).index(line["model"]))
     found = {
         "threads": args.threads,
         "vnni": "vnni" in Path("/proc/cpuinfo").read_text(),

@@ -90,5 +90,7 @@ def _show(found: Exported) -> None:
         _out.print(f"  {escape(name)}: {escape(why)}")
     if not found.within:
         _out.print("[red]it loses more than it may[/]: give more --calibration, or another --target")
+    if found.lower < 0:
+        _out.print("[yellow]it is slower than eager PyTorch here[/]: every faster scheme lost more; try --target onnx")
     threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
     _out.print(f"batch 1, {threads}; all figures: {escape(str(found.path))}/export.json")
