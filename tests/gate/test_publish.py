@@ -170,6 +170,17 @@ def test_protections_that_were_dropped_are_blocked(good: Path, registry: Registr
     assert "train.lr: 0.3 -> 0.2" in verdict.findings[0][1].text
 
 
+def test_an_experiment_is_blocked(registry: Registry, tmp_path: Path):
+    asked(registry, "configuration")
+    attacked = job("attack.rule=sign_flip", "attack.clients=1", rounds=1)
+    run = fedkeel.run(attacked, tmp_path / "a", with_report=False).path
+    assert "configuration: attack.clients = 1 is for experiments" in reasons(publish(run, "production", registry))
+    noise = ["privacy.mechanism=central(norm=1.0)", "privacy.epsilon=4", "aggregate.weigh=equal"]
+    made_again = job(*noise, "privacy.insecure_reproducible_noise=true", rounds=1)
+    run = fedkeel.run(made_again, tmp_path / "b", with_report=False).path
+    assert "insecure_reproducible_noise = true is for exp" in reasons(publish(run, "production", registry))
+
+
 def test_a_version_that_is_taken_is_blocked(good: Path, better: Path, registry: Registry, tmp_path: Path):
     asked(registry, "fingerprint", "version")
     assert publish(copied(good, tmp_path), "candidate", registry).passed

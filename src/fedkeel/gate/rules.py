@@ -6,6 +6,7 @@ A rule that cannot be judged, as the evidence is missing, does not pass: `InputE
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -86,8 +87,15 @@ def compatible(evidence: Evidence, *, at_most: str = "minor") -> Finding:
 def configuration(evidence: Evidence, *, fixed: tuple[str, ...] = _PROTECTIONS) -> Finding:
     """The job is the one that the run was begun with, and keys that match `fixed` are as in the job at the stage.
 
-    By default that is what protects a federation; the other keys that changed are told.
+    By default that is what protects a federation; the other keys that changed are told. A job that attacks itself, or
+    whose noise can be made again, is an experiment and does not pass.
     """
+    for key, found in (
+        ("attack.clients", evidence.job.attack.clients),
+        ("privacy.insecure_reproducible_noise", evidence.job.privacy.insecure_reproducible_noise),
+    ):
+        if found:
+            return Finding(False, f"{key} = {json.dumps(found)} is for experiments: run the job without it")
     with evidence.run.dir.ledger(readonly=True) as ledger:
         begun = ledger.meta.get("settings")
     if begun is not None and begun != evidence.run.dir.job.read_text("utf-8"):
