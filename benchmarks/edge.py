@@ -3,7 +3,7 @@
 
     python benchmarks/edge.py [--seconds 3] [--threads 1] [--only NAME]... [--json FILE]
 
-Every model is trained by a federation of four equal clients on Fashion-MNIST for a few rounds, then exported to each
+Every model is trained by a federation of few equal clients on Fashion-MNIST for a few rounds, then exported to each
 target. Parity is on test images that no calibration saw; eager PyTorch and every candidate take turns with single
 images in the same process, so that whatever else the machine does hits all alike. ResNet-18 (He et al. 2016, with
 BatchNorm) gets the images in three channels, scaled up to its side. Writes results/edge.json.
@@ -102,9 +102,8 @@ def job(name: str) -> fedkeel.Job:
             "train.lr=0.05",
         ],
         "resnet18_224": [
-            *("data.source=fashion_sized(side=224, train=1200, test=400)", "model.build=resnet18", "rounds=3"),
-            "train.lr=0.05",
-            "train.batch_size=20",
+            *("data.source=fashion_sized(side=224, train=1200, test=400)", "model.build=resnet18", "rounds=4"),
+            *("train.lr=0.01", "train.optimiser=sgd(momentum=0.9)", "train.batch_size=20", "data.clients=2"),
         ],
     }[name]
     common = ["data.clients=4", "data.partition=iid", "train.batch_size=50", "train.backend=loop"]

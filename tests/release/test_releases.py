@@ -76,6 +76,8 @@ def test_a_reference_is_a_directory_a_model_and_a_stage(tmp_path: Path):
     assert parse(f"{place}/ward@staging") == (place, "ward", "staging")
     assert parse(f"{place}/ward") == (place, "ward", "production")
     assert parse(f"{tmp_path}") is None
+    (place / "own.pt").write_bytes(b"")
+    assert parse(f"{place}/own.pt") is None
 
 
 def test_a_version_is_given_once(tmp_path: Path):

@@ -351,7 +351,7 @@ def parse(reference: str) -> tuple[Path, str | None, str] | None:
     path = Path(place)
     if (path / INDEX).is_file():
         return path, None, which
-    if (path.parent / INDEX).is_file():
+    if not path.exists() and (path.parent / INDEX).is_file():  # a file beside the index is a file
         return path.parent, path.name, which
     return None
 
