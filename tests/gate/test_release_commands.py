@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+
+from fedkeel import cli
+from fedkeel.release.registry import Registry
 
 JOB = ["--set", "data.clients=4", "--set", "rounds=2", "--set", "data.partition=iid", "--set", "model.build=logistic"]
 RULES = "".join(f'[{stage}]\nrules = ["fingerprint", "version"]\n' for stage in ("candidate", "staging", "production"))
 
 
 def fedkeel(*arguments: str, at: Path) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "fedkeel", *arguments],
-        cwd=at,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+    """(exit code, stdout, stderr) of the command line."""
+    before = Path.cwd()
+    with pytest.MonkeyPatch.context() as here, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        here.setattr(sys, "argv", ["fedkeel", *arguments])
+        here.chdir(at)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    assert Path.cwd() == before
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +99,9 @@ def test_a_blocked_one_ends_with_1(place: Path):
     ],
 )
 def test_what_is_wrong_is_one_sentence(place: Path, arguments: list[str], said: str):
-    if "reg" in arguments and not json.loads(fedkeel("release", "list", "--registry", "reg", "--json", at=place)[1]):
+    with Registry(place / "reg") as registry:
+        empty = not registry.names
+    if empty:
         fedkeel("release", "publish", "a", "--to", "candidate", "--registry", "reg", at=place)
     code, _, error = fedkeel("release", *arguments, at=place)
     assert (code, error.count("\n")) == (2, 1), error

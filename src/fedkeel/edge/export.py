@@ -193,7 +193,7 @@ class _Work:
         parities = {name: measure.parity(found, reference, y, self._classes) for name, found in answers.items()}
         self.watch("latency")
         took = measure.latencies(self.module, sessions, x, threads=self.threads, seconds=self.seconds)
-        name = min(made, key=lambda name: (not self._within(parities[name]), self._rank(parities[name], took[name])))
+        name = min(made, key=lambda name: self._rank(parities[name], took[name]))
         for other in made:
             what = "taken" if other == name else "slower here" if self._within(parities[other]) else "loses too much"
             tried[other] = f"{what}: {took[other].p50:.3f} ms, {_told(parities[other])}"
@@ -227,8 +227,13 @@ class _Work:
             return True
         return found.lost <= self.limits.lost and found.agreement >= 1 - self.limits.changed
 
-    def _rank(self, found: Parity, took: Latency) -> float:
-        return took.p50 if self._within(found) else found.lost or found.mean
+    def _rank(self, found: Parity, took: Latency) -> tuple[float, ...]:
+        """The least is taken: of those within the limits the fastest, of the others the one that loses least."""
+        if self._within(found):
+            return (0.0, took.p50)
+        if found.lost is None or found.agreement is None:
+            return (1.0, found.mean)
+        return (1.0, found.lost, 1 - found.agreement)
 
     def _examples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """(calibration inputs, test inputs, targets), as the model takes them. No example is in both."""
